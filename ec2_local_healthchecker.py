@@ -1,0 +1,1727 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.8"
+# dependencies = ["boto3"]
+# ///
+"""Probe the services on this EC2 instance; when one keeps failing, mark the instance unhealthy in its
+Auto Scaling group, so that the group replaces it.
+
+This program can end the machine that it runs on. Three sentences rank every decision in it:
+
+1. It never marks a healthy instance.
+2. It always marks an unhealthy one, however sick the machine is, and keeps at it until the group acts.
+3. An operator can read the part that decides in one sitting and know that 1 and 2 hold.
+
+The file reads from top to bottom, and each room uses only the rooms above it: deciding; durations and
+YAML; configuration; probes; EC2 and Auto Scaling; telling; check loops; marker; daemon and gate;
+service commands; command line.
+
+Threads: the main thread owns every piece of state and takes every decision. One thread per check probes,
+one talks to AWS, one writes the log; the first two hand the main thread messages and change nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import functools
+import io
+import itertools
+import json
+import logging
+import logging.handlers
+import math
+import os
+import queue
+import random
+import re
+import select
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import types
+from dataclasses import dataclass
+
+__version__ = "1.0.0"
+
+PROGRAM = "ec2-local-healthchecker"
+
+
+# ---- Deciding ----------------------------------------------------------------------------------
+# Whether to mark, as functions of plain values. No clock, network, thread or global may come in here:
+# whoever wants to know when this program ends a machine need read only this room.
+
+UNKNOWN, HEALTHY, FAILING = "unknown", "healthy", "failing"  # how a check stands
+UNDECIDED, UNHEALTHY = "undecided", "unhealthy"  # and, with "healthy", the verdict
+MARK_UNHEALTHY, MARK_HEALTHY = "Unhealthy", "Healthy"  # the two values of HealthStatus in the API
+IN_SERVICE = "InService"
+
+
+@dataclass(frozen=True)
+class Health:
+    """How one check stands, and the run of equal results that it is in."""
+
+    state: str = UNKNOWN
+    passed: bool = True  # what every result of the run was
+    streak: int = 0  # how many results the run has
+
+    def after(self, passed: bool, threshold: int) -> Health:
+        """The health after one more result: only `threshold` equal results in a row change the state."""
+        streak = self.streak + 1 if passed == self.passed else 1
+        state = self.state if streak < threshold else HEALTHY if passed else FAILING
+        return Health(state, passed, streak)
+
+
+def verdict_of(states) -> str:
+    """The verdict on the instance, from the states of its checks (at least one)."""
+    states = set(states)
+    if FAILING in states:
+        return UNHEALTHY
+    return HEALTHY if states == {HEALTHY} else UNDECIDED
+
+
+def wanted_mark(verdict: str, marked: bool, recovery: bool) -> str | None:
+    """The HealthStatus to ask Auto Scaling for, or None. `marked`: a mark of our own may stand there."""
+    if verdict == UNHEALTHY:
+        return MARK_UNHEALTHY
+    return MARK_HEALTHY if verdict == HEALTHY and marked and recovery else None
+
+
+def lifecycle_permits(state: str | None) -> bool:
+    """Whether a call may be made in this target lifecycle state; None: the instance has none."""
+    return state in (None, IN_SERVICE)
+
+
+def within_limit(percent: int, desired: int, weight: int, others) -> bool:
+    """Whether the group can spare this instance.
+
+    `others` are the (weight, lifecycle state, health status) of the group's other instances. What they
+    do not serve of the desired capacity is out; it may come to `percent` of that capacity, rounded
+    down, and always to the `weight` of this instance alone.
+    """
+    serving = sum(w for w, state, health in others if state == IN_SERVICE and health.lower() == HEALTHY)
+    return desired - serving <= max(desired * percent // 100, weight)
+
+
+def call_backoff(calls: int, frequency: float, dice: float) -> float:
+    """Seconds until the next call after `calls` of them: one frequency, doubling to 5 minutes, ±20 %."""
+    longest = max(300.0, frequency)
+    return min(frequency * 2.0 ** min(calls - 1, 40), longest) * (0.8 + 0.4 * dice)
+
+
+def look_delay(frequency: float, dice: float) -> float:
+    """Seconds to wait before looking at the group, so that a failing fleet does not look all at once."""
+    return max(frequency, 30.0) * dice
+
+
+def grace_left(graceperiod: float, age: float | None) -> float:
+    """Seconds of grace from now on, for a server launched `age` seconds ago (None: not told)."""
+    left = graceperiod - (age or 0.0)
+    # Over already (a restart, a reboot) or in the future (a wrong clock): the whole period, from now.
+    return left if 0 < left <= graceperiod else graceperiod
+
+
+def next_due(due: float, period: float, now: float) -> float:
+    """The next time after `due` at a fixed rate; periods missed by `now` are skipped, not made up."""
+    return due + period * max(1, math.ceil((now - due) / period))
+
+
+# ---- Durations and YAML ------------------------------------------------------------------------
+# Text in, plain values out, or ConfigError. What the keys of a configuration mean is the next room's.
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration: what is wrong and what to write instead, and on which line."""
+
+    def __init__(self, problem: str, line: int | None = None, source: str | None = None):
+        super().__init__(problem)
+        self.problem, self.line, self.source = problem, line, source
+
+    def __str__(self):
+        return "".join(f"{part}:" for part in (self.source, self.line) if part) + f" {self.problem}"
+
+
+def shown(text: str) -> str:
+    """`text` quoted for a message: on one line, and not too much of it."""
+    return ascii(text if len(text) <= 60 else text[:60] + "...")
+
+
+NANOSECONDS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6}  # µ is U+00B5, μ is U+03BC
+NANOSECONDS.update(s=10**9, m=60 * 10**9, h=3600 * 10**9)
+DURATION_PART = re.compile(r"([0-9]*)(?:\.([0-9]*))?([^0-9.]+)")
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in a duration like 1h30m, 1.5s or 300ms; ConfigError if it is none.
+
+    Grammar and limits are those of Go's time.ParseDuration, which read these files before.
+    """
+    body = text[text.startswith(("+", "-")) :]
+    total = position = 0
+    while position < len(body) and body != "0":
+        part = DURATION_PART.match(body, position)
+        if not part or not (part[1] or part[2]) or part[3] not in NANOSECONDS:
+            body = ""
+            break
+        # Cut to the digits that can matter: Python converts no number of thousands of them.
+        whole, fraction = part[1].lstrip("0")[:20], (part[2] or "")[:30]
+        total += int(whole or 0) * NANOSECONDS[part[3]]
+        total += int(fraction or 0) * NANOSECONDS[part[3]] // 10 ** len(fraction)
+        position = part.end()
+    if not body:
+        raise ConfigError(f"{shown(text)} is no duration: write numbers with units (ns us ms s m h), like 10s or 1h30m")
+    if total > 2**63 - (not text.startswith("-")):
+        raise ConfigError(f"{shown(text)} is too long: no duration exceeds 292 years")
+    return (-total if text.startswith("-") else total) / 10**9
+
+
+# The law of the parser: for any text, what PyYAML's BaseLoader returns, or ConfigError. So whatever is
+# not in these patterns is refused, and UNSUPPORTED only finds the name for what was refused.
+FORBIDDEN = re.compile("[^\t\n\r -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+SCALAR = (
+    r'''(?:"((?:[^"\\\t]|\\[^\t])*)"|'((?:[^'\t]|'')*)\''''  # double-quoted, single-quoted, plain:
+    r"""|((?:[^][ \t?:,{}#&*!|>'"%@`-]|[-?:](?=[^ \t]))(?:[^ \t:#]|:(?=[^ \t])|(?<! )#| +(?![ :#\t]|$)| +:(?=[^ \t]))*))"""
+)
+ENTRY = re.compile(f"( *){SCALAR} *(:)(?: +{SCALAR})?(?: +#.*| *)$")
+DOCUMENT_MARK = re.compile(r"(---|\.\.\.)( .*)?$")
+KEY_BEFORE = r"""(?: *(?:[^'"#]|"[^"]*"|'[^']*')*?:)? *"""
+UNSUPPORTED = (
+    (r"[^#]*\t", "a tab (indent with spaces, and write \\t in double quotes)"),
+    (KEY_BEFORE + "-( |$)", "a sequence"), (KEY_BEFORE + r"[\[\]]", "a flow sequence"), (KEY_BEFORE + "[{}]", "a flow mapping"),
+    (r" *\?( |$)", "a complex key"), (KEY_BEFORE + "&", "an anchor"), (KEY_BEFORE + r"\*", "an alias"),
+    (KEY_BEFORE + "!", "a tag"), (KEY_BEFORE + "[|>]", "a block scalar"), (" *%", "a directive"),
+    (KEY_BEFORE + "[%@`,]", "a reserved character"), (KEY_BEFORE + "<<", "a merge key"),
+    (KEY_BEFORE + r"""("[^"]*|'[^']*)$""", "a quoted value that does not end on its line"),
+    (r""" *(["']).*\1 *[^ #:]""", "text after a quote"), (KEY_BEFORE + r"""(["']).*\1""", "text after a quote"),
+    (r".*:( |$).*:( |$)", "': ' in a value"), ("", "no key and value"),
+)  # fmt: skip
+ESCAPE = re.compile(r"\\(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|U([0-9A-Fa-f]{8})|(.))")
+ESCAPES = dict(zip('0abtnvfre "/\\N_LP', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0\u2028\u2029'))
+DEEPEST = 20  # levels of mappings; a configuration has four
+LONGEST_KEY = 1024  # characters up to the colon, as in YAML 1.1, 7.3.1
+
+
+def parse_yaml(text: str):
+    """The nested mappings of strings in a YAML `text`, and the line of each key path: (data, lines).
+
+    The subset of YAML 1.1 that has block mappings, and scalars that end on their line. ConfigError with
+    the line for anything else, whatever it is, in time linear to its length.
+    """
+    text = text[text.startswith("\ufeff") :]
+    forbidden = FORBIDDEN.search(text)
+    rows = re.split("\r\n|\r|\n", text[: forbidden.start()] if forbidden else text)
+    if forbidden:
+        raise ConfigError(f"the character U+{ord(forbidden[0]):04X}: remove it, or escape it in double quotes", len(rows))
+    lines: dict = {}
+    mappings: list = []  # the open ones, outermost first: (indent, mapping, path)
+    childless: tuple = ()  # the path of a key without a value so far: deeper lines may be its mapping
+    started = ended = False  # by --- and ...
+    for number, row in enumerate(rows, 1):
+        entry, mark = ENTRY.match(row), DOCUMENT_MARK.match(row)
+        if not row.strip(" ") or row.lstrip(" ").startswith("#"):
+            continue
+        if ended or mark and mark[1] == "---" and (started or lines):
+            raise ConfigError("a second document: keep one", number)
+        if mark and not (mark[2] or "").strip(" ").partition("#")[0]:
+            started, ended = True, mark[1] == "..."
+            continue
+        if not entry or mark or entry[4] == "<<":
+            name = next(name for pattern, name in UNSUPPORTED if re.match(pattern, row[:1000]))
+            raise ConfigError(f"{name}: write 'key: value', the value on one line, in quotes if need be", number)
+        indent, key = len(entry[1]), _yaml_scalar(entry.group(2, 3, 4), number)
+        while mappings and indent < mappings[-1][0]:
+            mappings.pop()
+            childless = ()
+        if mappings and indent > mappings[-1][0] and not childless or lines and not mappings:
+            raise ConfigError("the indentation fits no key above: align it; a value stays on one line", number)
+        if not mappings or indent > mappings[-1][0]:
+            mappings.append((indent, {}, childless))
+            if len(mappings) > 1:
+                mappings[-2][1][childless[-1]] = mappings[-1][1]
+        path = mappings[-1][2] + (key,)
+        if path in lines or len(mappings) > DEEPEST or entry.start(5) - indent > LONGEST_KEY:
+            problem = f"on line {lines[path]} already: keep one" if path in lines else "too long or too deep a key"
+            raise ConfigError(f"{shown(key)} is {problem}", number)
+        value = entry.group(6, 7, 8)
+        childless = path if value == (None, None, None) else ()
+        mappings[-1][1][key] = "" if childless else _yaml_scalar(value, number)
+        lines[path] = number
+    if not mappings:
+        raise ConfigError("empty: write keys and values, like 'graceperiod: 5m'", 1)
+    return mappings[0][1], lines
+
+
+def _yaml_scalar(groups, number: int) -> str:
+    double, single, plain = groups
+
+    def unescaped(escape):
+        code = int(escape[1] or escape[2] or escape[3] or "0", 16)
+        if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF or escape[4] and escape[4] not in ESCAPES:
+            raise ConfigError(f"backslash and {shown(escape[0][1:])} is no escape: write \\\\ for a backslash", number)
+        return ESCAPES[escape[4]] if escape[4] else chr(code)
+
+    if double is not None:
+        return ESCAPE.sub(unescaped, double)
+    return plain if single is None else single.replace("''", "'")
+
+
+def parse_json(text: str):
+    """As parse_yaml, for a JSON object: numbers, true and false come as the text that they are."""
+    try:
+        data = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"no JSON: {error.msg}", error.lineno) from None
+    except RecursionError:
+        raise ConfigError("no configuration: nested too deep", 1) from None
+    lines: dict = {}
+    path: list = []
+    line = counted = 0
+    # The text is valid JSON by now: only strings and brackets are left to tell apart.
+    for token in re.finditer(r'"((?:[^"\\]|\\.)*)"(\s*:)?|[][{}]', text):
+        line, counted = line + text.count("\n", counted, token.start()), token.start()
+        if token[0] == "[":
+            raise ConfigError("a list: no key takes one", line + 1)
+        if token[0] == "{":
+            path.append("")
+        elif token[0] == "}":
+            path.pop()
+        elif token[2]:
+            path[-1] = json.loads(f'"{token[1]}"')
+            if tuple(path) in lines:
+                raise ConfigError(f"{shown(path[-1])} is on line {lines[tuple(path)]} already: keep one", line + 1)
+            lines[tuple(path)] = line + 1
+    return data, lines
+
+
+# ---- Configuration -----------------------------------------------------------------------------
+# Every key with its reader, default and advice, and all validation: a configuration that loads will run.
+# Nothing is opened, resolved or connected to here.
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+ENDPOINT = re.compile(
+    r"(?:(https?)://)?(?:\[([0-9a-f:.]+)\]|((?:[\w-]{1,63}\.)*[\w-]{0,63}\.?))(?::([\w-]+))?([/?][!\x22$-~]*)?(?:#.*)?",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where to connect: host and port, and for http and https what to request there."""
+
+    scheme: str  # tcp, http or https
+    host: str  # an IPv6 address without its brackets
+    port: int
+    path: str = ""  # with the query
+
+    @classmethod
+    def from_text(cls, text: str, schemes) -> Endpoint:
+        """The endpoint in a URL, or in host:port where `schemes` has tcp; ConfigError if there is none."""
+        if re.match(r"\w+://[^/?#]*@", text):
+            raise ConfigError("no user or password in a URL: write an Authorization header")
+        form = "host:port, like localhost:80 or \"[::1]:80\"" if "tcp" in schemes else "a URL, like http://localhost:80/"
+        match = ENDPOINT.fullmatch(text)
+        scheme = match and (match[1] or "tcp").lower()
+        if not match or scheme not in schemes or (scheme == "tcp" and (match[5] or not match[4])):
+            raise ConfigError(f"{shown(text)} is not {form}")
+        host = (match[2] or match[3] or "localhost" * (scheme == "tcp")).lower()
+        try:
+            number = match[4] or str(DEFAULT_PORTS[scheme])
+            port = int(number) if number.isdigit() else socket.getservbyname(number, "tcp")
+            if match[2]:
+                socket.inet_pton(socket.AF_INET6, host)
+        except OSError:
+            raise ConfigError(f"{shown(text)}: no such address or port name; write {form}") from None
+        if not host or len(host) > 253 or not 0 < port < 65536:
+            raise ConfigError(f"{shown(text)} has no host, or no port from 1 to 65535: write {form}")
+        path = match[5] or "/"
+        return cls(scheme, host, port, "" if scheme == "tcp" else path if path[0] == "/" else "/" + path)
+
+    def __str__(self):
+        return self.authority if self.scheme == "tcp" else f"{self.scheme}://{self.authority}{self.path}"
+
+    @property
+    def authority(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def _duration(text: str) -> float:
+    seconds = parse_duration(text)
+    if not 0 < seconds <= 86400:
+        raise ValueError
+    return seconds
+
+
+def _graceperiod(text: str) -> float:
+    return 0.0 if parse_duration(text) == 0 else _duration(text)
+
+
+def _number(text: str, largest: int) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,5}", text) or int(text) > largest:
+        raise ValueError
+    return int(text)
+
+
+def _status(text: str) -> tuple:
+    parts = [re.fullmatch(" *([0-9]{3})(?: *- *([0-9]{3}))? *", part) for part in text.split(",")]
+    ranges = tuple((int(part[1]), int(part[2] or part[1])) if part else (0, 0) for part in parts)
+    # No other 1xx is ever a final code: a check that waits for one would fail for ever.
+    if not all(low == high == 101 or 200 <= low <= high <= 599 for low, high in ranges):
+        raise ValueError
+    return ranges
+
+
+def _headers(data: dict) -> tuple:
+    names = {"connection", "content-length", "transfer-encoding", "upgrade", "expect"}
+    for name, value in data.items():
+        if name.lower() in names:
+            raise ConfigError(f"{shown(name)} is here twice, or the probe's own to send: remove it")
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):  # RFC 9110, 5.1
+            raise ConfigError(f"{shown(name)} is no header name: write one like Host")
+        if not isinstance(value, str) or not re.fullmatch("[ -~]*", value):
+            raise ConfigError(f"the value of {name} is not one line of printable ASCII: write it so")
+        names.add(name.lower())
+    return tuple(data.items())
+
+
+BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+TYPES = {"tcp": "tcp", "http": "http", "https": "http"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key: how its text is read (KeyError, ValueError: not at all), and what holds without it."""
+
+    read: collections.abc.Callable
+    default: object
+    advice: str = ""
+    mapping: bool = False  # whether it takes keys and values of its own
+    http_only: bool = False
+
+
+TIME = "write a duration of more than 0 and at most 24h, like 10s"
+TOP_KEYS = {
+    "graceperiod": Key(_graceperiod, 300.0, TIME + ", or 0"),
+    "frequency": Key(_duration, 10.0, TIME),
+    "recovery": Key(lambda text: BOOLEANS[text.lower()], True, "write true or false"),
+    "max_unhealthy": Key(lambda text: _number(text[: text.index("%")], 100), None, "write a percentage, 1% to 100%"),
+    "checks": Key(dict, None, mapping=True),
+}
+CHECK_KEYS = {
+    "type": Key(lambda text: TYPES[text.lower()], "http", "write tcp or http"),
+    "endpoint": Key(str, None),
+    "timeout": Key(_duration, 1.0, TIME),
+    "threshold": Key(lambda text: _number(text, 999999), 3, "write a whole number, 1 to 999999"),
+    "frequency": Key(_duration, None, TIME),
+    "status": Key(_status, ((200, 200),), "write codes of 200 to 599 (or 101), like 200,204 or 200-299", http_only=True),
+    "headers": Key(_headers, (), mapping=True, http_only=True),
+    "tls_verify": Key(lambda text: BOOLEANS[text.lower()], True, "write true or false", http_only=True),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check; times in seconds. After a reload, an equal check is the same check."""
+
+    name: str
+    type: str  # tcp or http
+    endpoint: Endpoint
+    timeout: float
+    threshold: int
+    frequency: float
+    status: tuple  # of the ranges of codes that pass
+    headers: tuple  # of (name, value)
+    tls_verify: bool
+
+
+@dataclass(frozen=True)
+class Config:
+    """A configuration, valid; times in seconds, max_unhealthy in percent (None: no limit)."""
+
+    graceperiod: float
+    frequency: float
+    recovery: bool
+    max_unhealthy: int | None
+    checks: tuple
+    warnings: tuple  # lines to tell the operator
+
+    @classmethod
+    def from_text(cls, text: str, source: str) -> Config:
+        """The configuration in a YAML or JSON `text`; ConfigError, naming `source`, for the first mistake."""
+        warnings: list = []
+        try:
+            text = text[text.startswith("\ufeff") :]
+            data, lines = (parse_json if text.startswith("{") else parse_yaml)(text)
+            values = _read_keys(data, (), TOP_KEYS, lines, warnings)
+            if not values["checks"]:
+                raise ConfigError("no checks: write at least one, below 'checks:'", lines.get(("checks",), 1))
+            checks = tuple(
+                _read_check(name, data, values["frequency"], lines, warnings) for name, data in values.pop("checks").items()
+            )
+        except ConfigError as error:
+            raise ConfigError(error.problem, error.line, source) from None
+        return cls(**values, checks=checks, warnings=tuple(f"{source}:{warning}" for warning in warnings))
+
+    def as_dict(self) -> dict:
+        """The effective configuration to show: in seconds, and without header values (they may be secrets)."""
+        checks = {check.name: dict(vars(check), endpoint=str(check.endpoint)) for check in self.checks}
+        for row in checks.values():
+            del row["name"]
+            row["status"] = ",".join(f"{low}-{high}" if low < high else str(low) for low, high in row["status"])
+            row["headers"] = {name: "***" for name, _ in row["headers"]}
+            for key in [key for key in row if CHECK_KEYS[key].http_only and row["type"] != "http"]:
+                del row[key]
+        return {**{key: value for key, value in vars(self).items() if key != "warnings"}, "checks": checks}
+
+
+def _read_keys(data, path: tuple, keys: dict, lines: dict, warnings: list) -> dict:
+    """The value of each of `keys` in one mapping: what is written, or the default."""
+    values = {}
+    for name, value in data.items():
+        line = lines[path + (name,)]
+        key = "threshold" if name == "threashold" and name not in keys and "threshold" in keys else name
+        if key != name:
+            warnings.append(f"{line}: 'threashold' is read as 'threshold': correct the spelling")
+        if key not in keys:
+            raise ConfigError(f"unknown key {shown(name)}: {nearest(name, keys)}", line)
+        if key in values:
+            raise ConfigError("threshold is written twice: keep one", line)
+        text = value if isinstance(value, (str, dict)) else json.dumps(value)
+        if isinstance(value, dict) != keys[key].mapping or value in ("", None, {}):
+            form = "keys and values, on lines of their own" if keys[key].mapping else "one value"
+            raise ConfigError(f"{key} takes {form}, not {shown(text) if isinstance(text, str) else 'a mapping'}", line)
+        try:
+            values[key] = keys[key].read(text)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error.problem}", line) from None
+        except (KeyError, ValueError):
+            raise ConfigError(f"{key}: {shown(text)} will not do: {keys[key].advice}", line) from None
+    return {**{name: key.default for name, key in keys.items()}, **values}
+
+
+def nearest(name: str, known) -> str:
+    """What to write instead of an unknown name."""
+    import difflib  # for a mistake only
+
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"did you mean {near[0]}?" if near else "write one of " + ", ".join(known)
+
+
+def _read_check(name: str, data, frequency: float, lines: dict, warnings: list) -> Check:
+    path = ("checks", name)
+    if not name.isprintable() or not name.strip() or not isinstance(data, dict):
+        raise ConfigError(f"check {shown(name)}: write a printable name, and below it at least an endpoint", lines[path])
+    values = _read_keys(data, path, CHECK_KEYS, lines, warnings)
+    for key in data:
+        if values["type"] == "tcp" and key in CHECK_KEYS and CHECK_KEYS[key].http_only:
+            raise ConfigError(f"{key} is for http checks, and this one is tcp: remove it", lines[path + (key,)])
+    if not values["endpoint"]:
+        raise ConfigError(f"check {shown(name)} has no endpoint: write one", lines[path])
+    try:
+        values["endpoint"] = Endpoint.from_text(values["endpoint"], ("tcp",) if values["type"] == "tcp" else DEFAULT_PORTS)
+    except ConfigError as error:
+        raise ConfigError(f"endpoint: {error.problem}", lines[path + ("endpoint",)]) from None
+    return Check(**{**values, "name": name, "frequency": values["frequency"] or frequency})
+
+
+# ---- Probes ------------------------------------------------------------------------------------
+# One attempt each: return, or raise ProbeFailure for what the service did, and anything else for what
+# went wrong in this program. One deadline bounds all of it. Nothing is counted or remembered here.
+
+MAX_REDIRECTS = 10
+REDIRECTS = (301, 302, 303, 307, 308)
+
+
+class ProbeFailure(Exception):
+    """The service failed the probe; `reason` is one printable line of at most 200 characters."""
+
+    def __init__(self, reason: str):
+        self.reason = printable(reason)
+        super().__init__(self.reason)
+
+
+def printable(text: str) -> str:
+    """`text` on one line of at most 200 characters: what a server sent never shapes the log."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])[:200]
+
+
+class Deadline:
+    """The time by which one attempt is over, `timeout` seconds after it began."""
+
+    def __init__(self, timeout: float):
+        self.timeout = timeout
+        self.end = time.monotonic() + timeout
+
+    def left(self, doing: str) -> float:
+        """The seconds left for `doing`; ProbeFailure when there are none."""
+        self.doing = doing
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise self.missed()
+        return left
+
+    def missed(self) -> ProbeFailure:
+        return ProbeFailure(f"timed out after {self.timeout:g}s {self.doing}")
+
+
+def connect(host: str, port: int, deadline: Deadline) -> socket.socket:
+    """A TCP connection to the first address of `host` that answers; ProbeFailure if none does.
+
+    The addresses are raced (RFC 8305): the next one starts when the one before fails, or after 250 ms,
+    or after an even share of half the time left, so that the last of many has half of it.
+    """
+    next_start = 0.0
+    failures = []
+    race = selectors.PollSelector()  # unlike epoll, it needs no descriptor of its own
+    try:
+        addresses = collections.deque(_resolve(host, port))
+        stagger = min(0.25, deadline.left(f"resolving {host}") / 2 / len(addresses))
+        while addresses or race.get_map():
+            left = deadline.left(f"connecting to {host} port {port}")
+            now = time.monotonic()
+            if addresses and (now >= next_start or not race.get_map()):
+                family, kind, protocol, _, address = addresses.popleft()
+                try:
+                    race.register(_connecting(family, kind, protocol, address), selectors.EVENT_WRITE, address)
+                    next_start = now + stagger
+                except OSError as error:
+                    if error.errno == errno.EMFILE:
+                        raise
+                    failures.append(f"{address[0]} port {port}: {error.strerror}")
+                continue
+            for key, _ in race.select(min(left, next_start - now) if addresses else left):
+                race.unregister(key.fileobj)
+                error = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not error and key.fileobj.getsockname() == key.data:
+                    error = errno.ECONNREFUSED  # nobody listens: the kernel joined the socket to itself
+                if not error:
+                    return key.fileobj
+                key.fileobj.close()
+                failures.append(f"{key.data[0]} port {port}: {os.strerror(error)}")
+                next_start = 0.0
+    except OSError as error:
+        raise service_failure(error) from None
+    finally:
+        for key in race.get_map().values():
+            key.fileobj.close()
+    raise ProbeFailure("; ".join(failures))
+
+
+def _connecting(family, kind, protocol, address) -> socket.socket:
+    sock = socket.socket(family, kind, protocol)
+    sock.setblocking(False)
+    error = sock.connect_ex(address)
+    if error not in (0, errno.EINPROGRESS):
+        sock.close()
+        raise OSError(error, os.strerror(error))
+    return sock
+
+
+def _resolve(host: str, port: int) -> list:
+    try:
+        # As bytes: a str would be put through the IDNA codec, which costs a megabyte to load.
+        return socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        # Without descriptors the resolver says "unknown host": have the real reason raised instead.
+        for end in socket.socketpair():
+            end.close()
+        raise ProbeFailure(f"cannot resolve {host}: {error.strerror}") from None
+
+
+def service_failure(error: Exception) -> Exception:
+    """The ProbeFailure for an error of an attempt, or the error itself where the fault is our own."""
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return error
+    text = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or str(error)
+    return ProbeFailure(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+def probe_tcp(check: Check) -> None:
+    """Pass if the endpoint accepts a connection. (The kernel accepts for a service that hangs, too.)"""
+    connect(check.endpoint.host, check.endpoint.port, Deadline(check.timeout)).close()
+
+
+def probe_http(check: Check) -> None:
+    """Pass if a GET, after redirects, ends in one of the check's codes; the body is not read."""
+    from urllib.parse import urljoin
+
+    deadline = Deadline(check.timeout)
+    endpoint = check.endpoint
+    for _ in range(MAX_REDIRECTS + 1):
+        same_origin = (endpoint.scheme, endpoint.authority) == (check.endpoint.scheme, check.endpoint.authority)
+        # The configured headers may hold a secret: another origin (RFC 6454) does not get them.
+        with exchange("GET", endpoint, check.headers if same_origin else (), deadline, check) as response:
+            status, location = response.status, response.getheader("Location")
+        if any(low <= status <= high for low, high in check.status):
+            return
+        if status not in REDIRECTS or not location:
+            raise ProbeFailure(f"HTTP status {status} {response.reason}")
+        try:
+            # http.client reads headers as Latin-1: what is not ASCII there are bytes, to be percent-encoded.
+            location = re.sub("[^!-~]", lambda char: f"%{ord(char[0]):02X}", location)
+            endpoint = Endpoint.from_text(urljoin(str(endpoint), location), DEFAULT_PORTS)
+        except ValueError:
+            raise ProbeFailure(f"redirected to {shown(location)}, which is no http or https URL") from None
+    raise ProbeFailure(f"more than {MAX_REDIRECTS} redirects")
+
+
+@contextlib.contextmanager
+def exchange(method: str, endpoint: Endpoint, headers, deadline: Deadline, check: Check | None = None):
+    """Send one request on a connection of its own, never through a proxy; yields the final response.
+
+    `check` is whose TLS context serves an https endpoint. Raises as a probe does.
+    """
+    import http.client
+
+    with contextlib.ExitStack() as stack:
+        try:
+            sock = stack.enter_context(connect(endpoint.host, endpoint.port, deadline))
+            if endpoint.scheme == "https":
+                sock.settimeout(deadline.left("in the TLS handshake"))
+                sock = stack.enter_context(tls_context(check).wrap_socket(sock, server_hostname=endpoint.host))
+            connection = http.client.HTTPConnection(endpoint.host, endpoint.port)
+            connection.default_port = DEFAULT_PORTS[endpoint.scheme]  # the one that Host leaves out
+            connection.sock = sock
+            fields = {"Connection": "close", **dict(headers)}
+            if "user-agent" not in map(str.lower, fields):
+                fields["User-Agent"] = f"{PROGRAM}/{__version__}"
+            sock.settimeout(deadline.left("sending the request"))
+            connection.request(method, endpoint.path, headers=fields)
+            reader = io.BufferedReader(DeadlineReader(sock, deadline))
+            source = types.SimpleNamespace(makefile=lambda mode: reader)
+            response = stack.enter_context(http.client.HTTPResponse(source, method=method))
+            response.begin()
+            while response.status < 200 and response.status != 101:
+                response.headers = None  # that was an interim response (RFC 9110, 15.2): begin anew
+                response.begin()
+            yield response
+        except socket.timeout:
+            raise deadline.missed() from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise service_failure(error) from None
+
+
+class DeadlineReader(io.RawIOBase):
+    """Reads from a socket until one deadline: a byte now and then does not buy more time."""
+
+    def __init__(self, sock: socket.socket, deadline: Deadline):
+        self.sock, self.deadline = sock, deadline
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        self.sock.settimeout(self.deadline.left("waiting for the response"))
+        return self.sock.recv_into(buffer)
+
+
+@functools.lru_cache(maxsize=None)
+def tls_context(check: Check | None):
+    """The TLS context of a check: Python's default, with the same verdict on a certificate everywhere."""
+    import ssl
+
+    context = ssl.create_default_context()
+    # Python 3.13 adds flags that refuse certificates which every Python before it accepts.
+    context.verify_flags = ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST
+    if check and not check.tls_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+# ---- EC2 and Auto Scaling ----------------------------------------------------------------------
+# What is asked of instance metadata and of the Auto Scaling API, and what their errors mean to an
+# operator. When to ask is the marker's. Only this room imports boto3, and only when it is called.
+
+METADATA_TIMEOUT = 1.0  # seconds for one request
+METADATA_ATTEMPTS = 3
+METADATA_PATHS = ("instance-id", "placement/region", "autoscaling/target-lifecycle-state")
+BOTO3_PACKAGES = {"boto3", "botocore", "s3transfer", "jmespath", "dateutil", "urllib3"}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What instance metadata has said of this instance, as far as it could ever be read."""
+
+    id: str = ""
+    placement: str = ""
+    lifecycle: str | None = None  # the target lifecycle state; None: there is none
+
+    @property
+    def instance(self) -> str:
+        """The instance to mark."""
+        return os.environ.get("INSTANCE_ID") or self.id
+
+    @property
+    def region(self) -> str:
+        return os.environ.get("AWS_REGION") or self.placement
+
+
+def metadata_endpoint(path: str) -> Endpoint:
+    variable = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
+    base = os.environ.get(variable) or "http://169.254.169.254"
+    try:
+        return Endpoint.from_text(base.rstrip("/") + "/latest/" + path, ("http",))
+    except ConfigError as error:
+        raise ConfigError(error.problem, None, variable) from None
+
+
+def read_metadata() -> Seen:
+    """What instance metadata says now, by IMDSv2; ProbeFailure or OSError if it cannot be read."""
+    token = _metadata("PUT", "api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
+    headers = {"X-aws-ec2-metadata-token": token or ""}
+    instance, region, lifecycle = (_metadata("GET", f"meta-data/{path}", headers) for path in METADATA_PATHS)
+    return Seen(instance or "", region or "", lifecycle)
+
+
+def _metadata(method: str, path: str, headers: dict) -> str | None:
+    failure = None
+    for _ in range(METADATA_ATTEMPTS):
+        try:
+            with exchange(method, metadata_endpoint(path), headers, Deadline(METADATA_TIMEOUT)) as response:
+                text = response.read(1024).decode("latin-1").strip()
+                if response.status == 404:
+                    return None
+                if response.status == 200 and re.fullmatch("[!-~]+", text):
+                    return text
+                raise ProbeFailure(f"HTTP status {response.status} for {path}, {len(text)} characters")
+        except ProbeFailure as error:
+            failure = error
+    raise failure
+
+
+def bypass_proxy_for_metadata() -> None:
+    """Have botocore ask metadata directly: behind a proxy answers another machine's metadata, if any."""
+    listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = "169.254.169.254", "[fd00:ec2::254]", metadata_endpoint("").authority.rpartition(":")[0]
+    if listed != "*":
+        os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, (listed, *hosts)))
+
+
+@contextlib.contextmanager
+def forgetting_boto3():
+    """Forget boto3 on an error: half imported (no memory) or half replaced (an upgrade), it stays broken."""
+    try:
+        yield
+    except BaseException:
+        for name in [name for name in sys.modules if name.partition(".")[0] in BOTO3_PACKAGES]:
+            del sys.modules[name]
+        raise
+
+
+@forgetting_boto3()
+def boto3_session():
+    """A new session: one made while credentials were missing never finds any. ImportError without boto3."""
+    import importlib
+    import warnings
+
+    warnings.simplefilter("ignore")  # boto3's remarks on old Pythons are not for this log
+    importlib.invalidate_caches()
+    try:
+        import boto3.session
+        import botocore.session
+    except (ImportError, MemoryError):
+        raise
+    except BaseException as error:
+        raise ImportError(f"boto3 is broken, {type(error).__name__}: {error}") from error
+    core = botocore.session.Session()
+    core.set_config_variable("metadata_service_num_attempts", METADATA_ATTEMPTS)
+    return boto3.session.Session(botocore_session=core)
+
+
+@forgetting_boto3()
+def autoscaling_client(session, region: str):
+    """A client whose calls give up after three attempts, each of at most 3 s to connect and 10 s to answer."""
+    from botocore.config import Config as ClientConfig
+
+    # Older boto3 does not read these variables.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_AUTO_SCALING") or os.environ.get("AWS_ENDPOINT_URL")
+    retries = {"mode": "standard", "total_max_attempts": 3}
+    config = ClientConfig(connect_timeout=3, read_timeout=10, retries=retries)
+    return session.client("autoscaling", region_name=region, endpoint_url=endpoint, config=config)
+
+
+def describe_group(client, instance: str):
+    """The (desired capacity, weight of `instance`, others) of its group, as within_limit takes them."""
+    groups = client.describe_auto_scaling_instances(InstanceIds=[instance])["AutoScalingInstances"]
+    pages = client.get_paginator("describe_auto_scaling_groups")
+    names = [group["AutoScalingGroupName"] for group in groups]  # an empty list would ask for every group
+    pages = pages.paginate(AutoScalingGroupNames=names) if names else []
+    groups = [group for page in pages for group in page["AutoScalingGroups"]]
+    if not groups:
+        raise LookupError(f"{instance} is in no Auto Scaling group")
+    rows = {
+        row["InstanceId"]: (int(row.get("WeightedCapacity") or 1), row["LifecycleState"], row["HealthStatus"])
+        for row in groups[0]["Instances"]
+    }
+    weight = rows.pop(instance, (1,))[0]
+    return groups[0]["DesiredCapacity"], weight, list(rows.values())
+
+
+ADVICE = (  # the first pattern found in the code and text of an error says what the operator can do
+    ("grace period", "in the group's health check grace period a mark is refused"),
+    ("No managed instance|in no Auto", "attach the instance to a group, or stop this service"),
+    ("AccessDenied|Unauthorized", "allow autoscaling:{call} in the policy of the instance's role"),
+    ("Credential|AuthFailure|MissingAuth", "give the instance a profile with a role that allows autoscaling:{call}"),
+    ("Expired|Signature|InvalidClientToken", "look at the clock of this machine, then at its credentials"),
+    ("Throttl|RequestLimit|TooManyRequests", "AWS limits the calls of the whole account; nothing to do here"),
+    ("ResourceContention|ScalingActivity", "the group is being changed; nothing to do here"),
+    ("Connect|Timeout|Proxy|SSL|HTTPClient", "look at routes, security groups, VPC endpoint and proxy"),
+    ("No module|Import|DataNotFound|UnknownService", "install the package python3-boto3"),
+    (r"Internal|Unavailable|\(5\d\d\)", "AWS has a fault; nothing to do here"),
+)
+
+
+def explain(error: BaseException, call: str) -> str:
+    """One line: what went wrong in an API call, and what to do about it."""
+    code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code") or type(error).__name__
+    text = printable(f"{error}" if code in f"{error}" else f"{code}: {error}")
+    advice = next((advice for pattern, advice in ADVICE if re.search(pattern, f"{code} {error}")), "")
+    return text + f" -- {advice}".format(call=call) * bool(advice)
+
+
+def may_have_acted(error: BaseException) -> bool:
+    """Whether a call that failed may have taken effect: unless it was refused at once, or never sent."""
+    answer = (getattr(error, "response", None) or {}).get("ResponseMetadata", {})
+    refused = 400 <= answer.get("HTTPStatusCode", 0) < 500 and not answer.get("RetryAttempts")
+    return not refused and not re.search("Credential|ParamValidation", type(error).__name__)
+
+
+# ---- Telling -----------------------------------------------------------------------------------
+# The log, systemd, and status.json: how the main thread speaks. Nothing here decides, and nothing here
+# makes it wait: what nobody takes is lost.
+
+LOG_QUEUE = 1000  # lines that may wait for the writer
+FLUSH_TIME = 0.5  # seconds for the last lines at the end
+
+log = logging.getLogger(PROGRAM)
+
+
+class LossyQueueHandler(logging.handlers.QueueHandler):
+    """Hands each record to the writer thread; counts those that found its queue full."""
+
+    lost = 0
+
+    def enqueue(self, record):
+        try:
+            if self.lost:
+                note = {"levelno": logging.WARNING, "levelname": "WARNING", "msg": f"{self.lost} lines of log were lost here"}
+                self.queue.put_nowait(logging.makeLogRecord(note))
+                self.lost = 0
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.lost += 1
+
+
+def start_logging(verbose: bool):
+    """Log to stdout, from WARNING on to stderr; returns what gives the writer time for its last lines."""
+    logging.raiseExceptions = False  # a log that cannot be written stops nothing
+    lines: queue.Queue = queue.Queue(LOG_QUEUE)
+    writers = []
+    for descriptor in (1, 2):
+        raw = io.FileIO(descriptor, "w", closefd=False)  # unbuffered: nothing is kept back, or written twice
+        stream = io.TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)
+        writers.append(logging.StreamHandler(stream))
+        writers[-1].setFormatter(logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
+        writers[-1].formatter.converter = time.gmtime
+    writers[0].addFilter(lambda record: record.levelno < logging.WARNING)
+    writers[1].setLevel(logging.WARNING)
+    log.addHandler(LossyQueueHandler(lines))
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.handlers.QueueListener(lines, *writers, respect_handler_level=True).start()
+
+    def finish():
+        end = time.monotonic() + FLUSH_TIME
+        while lines.unfinished_tasks and time.monotonic() < end:
+            time.sleep(0.005)
+
+    return finish
+
+
+class Systemd:
+    """The service manager, by sd_notify(3); where there is none, nothing is said."""
+
+    def __init__(self):
+        self.address = re.sub("^@", "\0", os.environ.pop("NOTIFY_SOCKET", ""))
+        self.socket = None
+        self.watchdog = math.inf  # seconds within which it wants to be fed
+        if self.address:
+            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self.socket.setblocking(False)
+            if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
+                self.watchdog = int(os.environ.get("WATCHDOG_USEC", 0)) / 1e6 or math.inf
+
+    def notify(self, *lines: str) -> None:
+        if self.socket:
+            with contextlib.suppress(OSError):
+                self.socket.sendto("\n".join(lines).encode(), self.address)
+
+
+def write_status(directory: str, status: dict) -> None:
+    """Replace status.json in `directory`, in one step (rename(2)); OSError if that fails."""
+    path = os.path.join(directory, "status.json")
+    with open(path + ".new", "w") as file:
+        os.fchmod(file.fileno(), 0o644)  # readable by all, whatever the umask
+        json.dump(status, file)
+    os.replace(path + ".new", path)
+
+
+# ---- Check loops -------------------------------------------------------------------------------
+# One thread per check: wait, probe, hand over the result. Nothing is counted or decided here.
+
+
+class Inbox:
+    """Where threads and signal handlers put what they have for the main thread, which waits on it."""
+
+    def __init__(self):
+        self._items: collections.deque = collections.deque()
+        self._wake, self._waker = socket.socketpair()
+        self._wake.setblocking(False)
+        self._waker.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(self._wake, select.POLLIN)
+
+    def put(self, item) -> None:
+        self._items.append(item)
+        with contextlib.suppress(BlockingIOError):  # so many wake-ups are as good as one more
+            self._waker.send(b"\0")
+
+    def wait(self, seconds: float) -> None:
+        """Return once something is there, or after `seconds`, whatever the wall clock does."""
+        if not self._items:
+            self._poll.poll(max(0.0, min(seconds, 3600.0)) * 1000)
+        with contextlib.suppress(BlockingIOError):
+            self._wake.recv(4096)
+
+    def take(self):
+        """Everything that is there, in order."""
+        while self._items:
+            yield self._items.popleft()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one probe: whether it passed; None where a fault of this program spoiled it."""
+
+    loop: object
+    number: int  # of the probe, in its loop
+    passed: bool | None
+    reason: str
+    seconds: float
+
+
+class CheckLoop(threading.Timer):
+    """A Timer that goes off again and again: probes one check at a fixed rate, first when it is `due`.
+
+    `due` and `probing` are its own to write and the main thread's to read.
+    """
+
+    def __init__(self, check: Check, inbox: Inbox, due: float):
+        super().__init__(check.frequency, probe_tcp if check.type == "tcp" else probe_http, [check])
+        self.daemon = True
+        self.check = check
+        self.inbox = inbox
+        self.due = due  # when the next probe starts
+        self.probing: tuple | None = None  # (number, start) of the probe under way
+
+    def run(self):
+        if self.check.endpoint.scheme == "https":
+            with contextlib.suppress(Exception):  # the first probe will tell
+                tls_context(self.check)  # now: the time that it takes is not the service's
+        for number in itertools.count(1):
+            while not self.finished.is_set() and time.monotonic() < self.due:
+                # Not finished.wait(): before Python 3.11, that follows the wall clock.
+                time.sleep(max(0.0, min(self.due - time.monotonic(), 10.0)))
+            if self.finished.is_set():
+                return
+            start = time.monotonic()
+            self.probing = (number, start)
+            passed, reason = self.attempt()
+            end = time.monotonic()
+            self.due = next_due(self.due, self.interval, end)
+            self.probing = None
+            self.inbox.put(Result(self, number, passed, reason, end - start))
+
+    def attempt(self):
+        try:
+            self.function(*self.args)
+            return True, ""
+        except ProbeFailure as failure:
+            return False, failure.reason
+        except BaseException as fault:  # whatever it is, the loop goes on
+            return None, printable(f"{type(fault).__name__}: {fault}")
+
+
+# ---- Marker ------------------------------------------------------------------------------------
+# The one thread that talks to AWS: it carries out one order of the main thread at a time. Whether and
+# when to order is the main thread's; whether the call is still wanted is looked at here, right before it.
+
+CALLED, FAILED = "called", "failed"  # what may come of an order: the call succeeded; it did not
+HELD, CROWDED = "held", "crowded"  # no call now: this instance must not be marked; the group cannot spare it
+RESUMED, WITHDRAWN = "resumed", "withdrawn"  # a hold is over, with a grace period to come; no longer wanted
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the main thread wants done once."""
+
+    status: str  # MARK_UNHEALTHY or MARK_HEALTHY
+    seen: Seen  # what metadata said before
+    max_unhealthy: int | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an order."""
+
+    order: Order
+    kind: str  # CALLED, FAILED, ...
+    text: str  # why, for the log
+    seen: Seen
+    acted: bool = False  # whether the group's view may have changed
+    level: int = logging.WARNING
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What the rehearsal found: why this program could never mark, if so, and what to warn of."""
+
+    fatal: str
+    warnings: tuple
+    seen: Seen
+
+
+class Rehearsal:
+    """This program, run once in a child process that tries what marking takes; its memory goes with it."""
+
+    TIME = 30  # seconds
+
+    def __init__(self, config: Config):
+        self.pipe, answer = os.pipe()
+        self.pid = os.fork()  # there is no other thread yet
+        if self.pid == 0:
+            try:
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_DFL)
+                signal.alarm(self.TIME)
+                for descriptor in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+                os.write(answer, json.dumps(rehearse(config)).encode())
+            finally:
+                os._exit(0)
+        os.close(answer)
+
+    def outcome(self) -> Rehearsed:
+        """Wait for the child, and for no longer than it may take."""
+        with open(self.pipe, "rb") as pipe:
+            answer = pipe.read()
+        with contextlib.suppress(ChildProcessError):  # reaped already, where SIGCHLD is ignored
+            os.waitpid(self.pid, 0)
+        if answer:
+            fatal, warnings, seen = json.loads(answer)
+            return Rehearsed(fatal, tuple(warnings), Seen(**seen))
+        why = f"The rehearsal of a mark died, or gave no answer in {self.TIME}s: look at network, boto3 and memory"
+        return Rehearsed("", (why,), Seen())
+
+
+def rehearse(config: Config):
+    """Try all that marking takes, but the call; the fields of Rehearsed, as JSON takes them."""
+    seen, warnings, call = Seen(), [], "SetInstanceHealth"
+    try:
+        seen = read_metadata()
+    except (ProbeFailure, OSError) as failure:
+        warnings.append(f"Instance metadata cannot be read: {failure} -- enable IMDSv2 for this instance")
+    try:
+        session = boto3_session()
+        client = autoscaling_client(session, seen.region or "us-east-1")
+        credentials = session.get_credentials()
+        if not credentials:
+            raise LookupError("no Credentials in the environment or in instance metadata")
+        credentials.get_frozen_credentials()
+        if config.max_unhealthy is not None and seen.instance:
+            call = "DescribeAutoScaling*"
+            describe_group(client, seen.instance)
+    except BaseException as error:
+        if isinstance(error, ImportError) or re.search("DataNotFound|UnknownService", type(error).__name__):
+            return explain(error, call), warnings, vars(seen)
+        warnings.append(f"A mark would not succeed now: {explain(error, call)}")
+    return "", warnings, vars(seen)
+
+
+class Marker(threading.Thread):
+    """Brings the group's view of this instance to what is wanted, one order at a time."""
+
+    def __init__(self, inbox: Inbox, dry_run: bool, rehearsal: Rehearsal | None = None):
+        super().__init__(daemon=True)
+        self.inbox, self.dry_run, self.rehearsal = inbox, dry_run, rehearsal
+        self.orders: queue.SimpleQueue = queue.SimpleQueue()
+        self.wanted: str | None = None  # the HealthStatus wanted now; the main thread's to write
+
+    def run(self):
+        if self.rehearsal:
+            self.inbox.put(self.rehearsal.outcome())
+        while True:
+            order = self.orders.get()
+            try:
+                outcome = self.carry_out(order)
+            except BaseException as error:  # whatever it is, the next order is another try
+                outcome = Outcome(order, FAILED, explain(error, "SetInstanceHealth"), order.seen)
+            self.inbox.put(outcome)
+
+    def carry_out(self, order: Order) -> Outcome:
+        """Look at metadata and, if a limit is set, at the group; if all permits it, make the call."""
+        seen, unread = order.seen, ""
+        try:
+            seen = read_metadata()
+        except ProbeFailure as failure:
+            unread = failure.reason
+
+        def outcome(kind, text="", **fields):
+            return Outcome(order, kind, text, seen, **fields)
+
+        if seen.id and seen.id != seen.instance:
+            text = f"INSTANCE_ID is {seen.instance}, but metadata says {seen.id}: remove the variable"
+            return outcome(HELD, text, level=logging.ERROR)
+        if not lifecycle_permits(seen.lifecycle):
+            return outcome(HELD, f"target lifecycle state {seen.lifecycle}")
+        if order.status == MARK_UNHEALTHY and not lifecycle_permits(order.seen.lifecycle):
+            return outcome(RESUMED, f"target lifecycle state {seen.lifecycle} again, a new grace period begins")
+        if self.dry_run:
+            return outcome(CALLED, acted=True)
+        if not seen.instance or not seen.region:
+            advice = "enable IMDSv2 for this instance, or set INSTANCE_ID and AWS_REGION"
+            return outcome(FAILED, f"instance id or region unknown, metadata: {unread} -- {advice}")
+        client = autoscaling_client(boto3_session(), seen.region)
+        if order.status == MARK_UNHEALTHY and order.max_unhealthy is not None:
+            try:
+                group = describe_group(client, seen.instance)
+            except Exception as error:
+                return outcome(CROWDED, explain(error, "DescribeAutoScaling*"), level=logging.ERROR)
+            if not within_limit(order.max_unhealthy, *group):
+                return outcome(CROWDED, f"max_unhealthy: more than {order.max_unhealthy}% of the group is out")
+        if self.wanted != order.status:
+            return outcome(WITHDRAWN, "that is no longer wanted", level=logging.INFO)
+        try:
+            client.set_instance_health(InstanceId=seen.instance, HealthStatus=order.status)
+        except Exception as error:
+            return outcome(FAILED, explain(error, "SetInstanceHealth"), acted=may_have_acted(error))
+        return outcome(CALLED, acted=True)
+
+
+# ---- Daemon and gate ---------------------------------------------------------------------------
+# The main thread: it owns all state and takes every decision, in step(now), where nothing sleeps and
+# nothing blocks. The gate (-foreground) is the same loop with another ending.
+
+HANG_SLACK = 0.25  # seconds past its deadline that a probe has to report its own failure
+LATE = 10.0  # seconds past its due time that a check loop is thought stuck
+
+
+class Watch:
+    """One check, and what is known of it."""
+
+    def __init__(self, check: Check):
+        self.check = check
+        self.loop = None  # its CheckLoop, once it could be started
+        self.health = Health()
+        self.reason = ""  # of its last failure
+        self.results = 0  # how many have been counted
+        self.faulty = False  # whether the last probe was spoiled by a fault of this program
+        self.hung = None  # the number of the last probe that was counted as failed because it hung
+        self.hung_again = 0.0  # when that probe counts as failed once more
+
+    def __str__(self):
+        streak = f"{'passed' if self.health.passed else 'failed'} {self.health.streak} in a row"
+        text = f"{self.check.name} {self.health.state} ({streak}, threshold {self.check.threshold})"
+        return text if self.health.passed else f"{text}: {self.reason}"
+
+    def overdue_at(self, probing) -> float:
+        """When the probe under way, or the next one, counts as failed if no result has come by then."""
+        number, started = probing or (None, self.loop.due)
+        return self.hung_again if number and number == self.hung else started + self.check.timeout + HANG_SLACK
+
+
+class Watcher:
+    """What daemon and gate share: the checks, how they stand, and the verdict at each `frequency`."""
+
+    def __init__(self, config: Config, inbox: Inbox, now: float, grace: float, probing_from: float, start_loop):
+        self.config = config
+        self.inbox = inbox
+        self.grace_end = now + grace
+        self.probing_from = probing_from
+        self.start_loop = start_loop  # (check, due): a CheckLoop, running
+        self.next_verdict = now + config.frequency
+        self.verdict = UNDECIDED
+        self.watches = {check.name: Watch(check) for check in config.checks}
+        self.loops_missing = False
+        self.status = None  # the exit status, when it is time
+        self.keep_loops(now)
+
+    def run(self) -> int:
+        """Work until it is time to end; returns the exit status."""
+        while self.status is None:
+            now = time.monotonic()
+            try:
+                wake = self.step(now)
+            except Exception as fault:  # rule 2: whatever it is, the next step is another try
+                log.error("A fault of this program: %s", printable(f"{type(fault).__name__}: {fault}"))
+                wake = now + 1.0
+            if self.status is None:
+                self.inbox.wait(wake - time.monotonic())
+        return self.status
+
+    def step(self, now: float) -> float:
+        """Take in what was handed over, decide what is due by `now`; returns when to come again."""
+        for item in self.inbox.take():
+            self.receive(item, now)
+        self.count_hung(now)
+        if now >= self.next_verdict:
+            self.next_verdict = next_due(self.next_verdict, self.config.frequency, now)
+            self.keep_loops(now)
+            self.take_verdict(now)
+        overdue = min((w.overdue_at(w.loop.probing) for w in self.watches.values() if w.loop), default=math.inf)
+        return min(self.next_verdict, max(overdue, now + 0.1))
+
+    def keep_loops(self, now: float) -> None:
+        """Start the check loops that are not there: at the beginning all of them, later those that died."""
+        missing = False
+        for watch in self.watches.values():
+            if watch.loop and watch.loop.is_alive():
+                continue
+            if watch.loop:
+                log.error("The loop of check %s is gone: starting it again", watch.check.name)
+            try:
+                watch.loop, watch.hung = self.start_loop(watch.check, max(now, self.probing_from)), None
+            except Exception as fault:
+                missing = True
+                if not self.loops_missing:
+                    log.error("Check loops cannot be started, trying again: %s", printable(str(fault)))
+        self.loops_missing = missing
+
+    def receive(self, result: Result, now: float) -> None:
+        watch = self.watches.get(result.loop.check.name)
+        if not watch or watch.loop is not result.loop or watch.hung == result.number:
+            return  # of a check that a reload replaced, or late: it has been counted as failed
+        name = watch.check.name
+        log.debug("Probe of %s %s in %.0f ms", name, result.reason or "passed", result.seconds * 1000)
+        if result.passed is not None:
+            self.count(watch, result.passed, result.reason)
+        elif not watch.faulty:
+            log.error("A fault of this program, not counted, spoils the probes of %s: %s", name, result.reason)
+        watch.faulty = result.passed is None
+
+    def count(self, watch: Watch, passed: bool, reason: str) -> None:
+        """Count one result; log a change of state, and the first failure after a success."""
+        before, watch.health = watch.health, watch.health.after(passed, watch.check.threshold)
+        watch.results += 1
+        watch.reason = reason or watch.reason
+        if watch.health.state != before.state:
+            log.log(logging.INFO if passed else logging.WARNING, "Check %s", watch)
+        elif not passed and watch.health.streak == 1:
+            log.warning("Check %s failed (1 of %d): %s", watch.check.name, watch.check.threshold, reason)
+
+    def count_hung(self, now: float) -> None:
+        """Count probes that outlive their deadline: name resolution cannot be interrupted.
+
+        Once per probe and step: after a pause of the whole process, the periods that nobody watched
+        are no evidence.
+        """
+        for watch in self.watches.values():
+            probing = watch.loop and watch.loop.probing
+            if probing and now >= watch.overdue_at(probing):
+                watch.hung = probing[0]
+                watch.hung_again = now + max(watch.check.frequency, watch.check.timeout)
+                self.count(watch, False, f"no end after {watch.check.timeout:g}s: it hangs, in name resolution most likely")
+
+    def take_verdict(self, now: float) -> None:
+        before, self.verdict = self.verdict, verdict_of(watch.health.state for watch in self.watches.values())
+        if self.verdict != before:
+            level = logging.WARNING if self.verdict == UNHEALTHY else logging.INFO
+            log.log(level, "Verdict %s (was %s): %s", self.verdict, before, self.evidence())
+
+    def evidence(self) -> str:
+        """How the failing checks stand; when none fails, how all do."""
+        watches = self.watches.values()
+        return "; ".join(map(str, [w for w in watches if w.health.state == FAILING] or watches))
+
+
+class Daemon(Watcher):
+    """Watches, and has the instance marked while the verdict wants it."""
+
+    def __init__(self, config, inbox, now, grace, start_loop, start_marker, read_config=None, systemd=None, directory=None):
+        super().__init__(config, inbox, now, grace, now + grace, start_loop)
+        self.start_marker = start_marker  # () -> a Marker, running
+        self.read_config = read_config  # () -> a Config; None: it came from standard input
+        self.systemd = systemd or Systemd()
+        self.directory = directory  # where status.json goes, if anywhere
+        self.marker = start_marker()
+        self.phase = "starting"  # until the rehearsal is over
+        self.seen = Seen()  # what metadata last said
+        self.wanted = None  # the HealthStatus wanted
+        self.marked = False  # whether a mark of our own may stand in the group
+        self.order = None  # the order under way
+        self.cause = ""  # what it was given for
+        self.calls = 0  # made since the present status is wanted
+        self.call_at = 0.0  # when the next order is due
+        self.hold = ""  # why no call is made, while none is
+        self.hold_until = 0.0  # the end of the grace period after a hold
+        self.last_call = None  # for status.json
+        self.feed_at = now  # when systemd's watchdog is fed next
+        self.untold = ""  # the last error of writing status.json
+
+    def step(self, now: float) -> float:
+        wake = super().step(now)
+        if self.wanted and not self.order and now >= self.order_at():
+            self.cause = self.evidence()
+            self.order = Order(self.wanted, self.seen, self.config.max_unhealthy)
+            self.marker.orders.put(self.order)
+        if now >= self.feed_at and not self.stuck(now):
+            self.systemd.notify("WATCHDOG=1")
+            self.feed_at = now + self.systemd.watchdog / 4
+        order_at = self.order_at() if self.wanted and not self.order else math.inf
+        return min(wake, order_at, max(self.feed_at, now + 1.0))
+
+    def receive(self, item, now: float) -> None:
+        if isinstance(item, Outcome):
+            self.receive_outcome(item, now)
+        elif isinstance(item, Rehearsed):
+            self.receive_rehearsed(item, now)
+        elif item == signal.SIGHUP:
+            self.reload(now)
+        elif isinstance(item, signal.Signals):
+            log.info("Stopped by %s", item.name)
+            self.systemd.notify("STOPPING=1", f"STATUS=stopped by {item.name}")
+            self.status = 0
+        else:
+            super().receive(item, now)
+
+    def receive_rehearsed(self, rehearsed: Rehearsed, now: float) -> None:
+        if rehearsed.fatal:
+            log.error("This daemon could never mark: %s", rehearsed.fatal)
+            self.status = 1
+            return
+        for warning in rehearsed.warnings:
+            log.warning("%s", warning)
+        self.seen = rehearsed.seen
+        self.phase = "watching"
+        dry = " -- this is a dry run, nothing will be marked" * self.marker.dry_run
+        log.info("Ready to mark %s in %s%s", self.seen.instance or "this instance", self.seen.region or "its region", dry)
+        self.tell(now, "READY=1")
+
+    def take_verdict(self, now: float) -> None:
+        super().take_verdict(now)
+        if not self.marker.is_alive():
+            log.error("The marker is gone: starting it again")
+            self.marker, self.order = self.start_marker(), None
+        self.want(now)
+        self.tell(now)
+
+    def want(self, now: float) -> None:
+        """Set what the marker is to bring about. When that changes, the calls begin anew, at once."""
+        wanted = wanted_mark(self.verdict, self.marked, self.config.recovery)
+        self.marker.wanted = wanted
+        if wanted != self.wanted:
+            self.wanted, self.calls, self.hold, self.call_at = wanted, 0, "", now
+            if wanted == MARK_UNHEALTHY and self.config.max_unhealthy is not None and not self.marker.dry_run:
+                self.call_at = now + look_delay(self.config.frequency, random.random())
+
+    def order_at(self) -> float:
+        """When the next order is due, if anything is wanted."""
+        return max(self.call_at, self.hold_until) if self.wanted == MARK_UNHEALTHY else self.call_at
+
+    def receive_outcome(self, outcome: Outcome, now: float) -> None:
+        status, kind = outcome.order.status, outcome.kind
+        self.order, self.seen = None, outcome.seen
+        if outcome.acted:
+            self.marked = status == MARK_UNHEALTHY or kind != CALLED
+        delay = 0.0
+        if kind in (CALLED, FAILED):
+            delay = call_backoff(self.calls + 1, self.config.frequency, random.random())
+        elif kind == HELD:
+            delay = self.next_verdict - now
+        elif kind == CROWDED:
+            delay = look_delay(self.config.frequency, random.random())
+        elif kind == RESUMED:
+            delay = self.config.graceperiod
+            self.hold_until = now + delay
+        self.log_outcome(outcome, delay)
+        if status == self.wanted:
+            self.calls += kind in (CALLED, FAILED)
+            self.call_at = now + delay
+        self.want(now)
+
+    def log_outcome(self, outcome: Outcome, delay: float) -> None:
+        status, who = outcome.order.status, self.seen.instance or "this instance"
+        if outcome.kind == CALLED and self.marker.dry_run:
+            limit = "" if self.config.max_unhealthy is None else " (max_unhealthy is not evaluated)"
+            log.warning("Dry run: would have marked %s as %s%s: %s", who, status, limit, self.cause)
+        elif outcome.kind == CALLED:
+            level = logging.WARNING if status == MARK_UNHEALTHY else logging.INFO
+            log.log(level, "Marked Instance as %s: %s: %s", status, who, self.cause)
+        elif outcome.kind == FAILED:
+            log.error("Could not mark %s as %s: %s; trying again in %.0fs", who, status, outcome.text, delay)
+        elif outcome.text != self.hold:
+            log.log(outcome.level, "Not marking %s as %s now: %s; looking again in %.0fs", who, status, outcome.text, delay)
+        self.hold = "" if outcome.kind in (CALLED, FAILED) else outcome.text
+        self.last_call = {"status": status, "result": outcome.kind, "text": outcome.text, "time": round(time.time())}
+
+    def reload(self, now: float) -> None:
+        """Read the configuration again; a check that is equal after defaults keeps its loop and health."""
+        if not self.read_config:
+            log.warning("SIGHUP ignored: the configuration came from standard input")
+            return
+        self.systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            self.config = self.read_config()
+        except Exception as error:
+            log.error("Configuration not reloaded, the old one stays: %s", printable(str(error)))
+        else:
+            old, self.watches = self.watches, {check.name: Watch(check) for check in self.config.checks}
+            for name, watch in old.items():
+                if name in self.watches and self.watches[name].check == watch.check:
+                    self.watches[name] = watch
+                elif watch.loop:
+                    watch.loop.cancel()
+            tls_context.cache_clear()  # certificates of authorities may be new as well
+            log.info("Configuration reloaded: %s", ", ".join(self.watches))
+            self.next_verdict = now
+        self.tell(now, "READY=1")
+
+    def stuck(self, now: float) -> bool:
+        """Whether a check loop is missing, or neither probes nor waits: systemd is to start us again."""
+        loops = [watch.loop for watch in self.watches.values()]
+        return any(not x or not x.is_alive() or not x.probing and now > x.due + LATE for x in loops)
+
+    def tell(self, now: float, *also: str) -> None:
+        """Say how things stand: to systemd in one line, and in status.json."""
+        self.systemd.notify("STATUS=" + self.headline(now), *also)
+        if self.directory:
+            try:
+                write_status(self.directory, self.as_dict(now))
+                self.untold = ""
+            except OSError as error:
+                if str(error) != self.untold:
+                    self.untold = str(error)
+                    log.warning("status.json cannot be written: %s", printable(self.untold))
+
+    def headline(self, now: float) -> str:
+        if now < self.grace_end:
+            return f"grace period, probing starts in {self.grace_end - now:.0f}s: {', '.join(self.watches)}"
+        if self.hold:
+            return f"{self.verdict}, not marking now ({self.hold}): {self.evidence()}"
+        if self.wanted:
+            return f"{self.verdict}, marking the instance as {self.wanted} (calls so far: {self.calls}): {self.evidence()}"
+        return f"{self.verdict}: {self.evidence()}"
+
+    def as_dict(self, now: float) -> dict:
+        """What status.json says; `ago` and `written` in seconds, of the monotonic clock."""
+        return {
+            "version": __version__,
+            "instance": self.seen.instance,
+            "phase": "grace" if now < self.grace_end else self.phase,
+            "verdict": self.verdict,
+            "wanted": self.wanted,
+            "headline": self.headline(now),
+            "last_call": self.last_call,
+            "written": now,
+            "checks": {
+                name: {
+                    "state": watch.health.state,
+                    "passed": watch.health.passed,
+                    "streak": watch.health.streak,
+                    "threshold": watch.check.threshold,
+                    "reason": watch.reason,
+                }
+                for name, watch in self.watches.items()
+            },
+        }
+
+
+class Gate(Watcher):
+    """-foreground: ends with 0 if the instance is healthy and with 1 if not, and never calls AWS."""
+
+    def __init__(self, config, inbox, now, grace, start_loop, exit_early):
+        super().__init__(config, inbox, now, grace, now, start_loop)
+        self.exit_early = exit_early  # with 0, as soon as every check is healthy
+
+    def step(self, now: float) -> float:
+        wake = super().step(now)
+        verdict = verdict_of(watch.health.state for watch in self.watches.values())
+        complete = all(watch.results >= watch.check.threshold for watch in self.watches.values())
+        if verdict == HEALTHY and self.exit_early or now >= self.grace_end and complete:
+            self.status = 0 if verdict == HEALTHY else 1
+            log.log(logging.ERROR if self.status else logging.INFO, "Gate: %s: %s", verdict, self.evidence())
+        return min(wake, self.grace_end) if now < self.grace_end else wake
+
+    def receive(self, item, now: float) -> None:
+        if isinstance(item, signal.Signals):
+            log.error("Gate: stopped by %s before the instance was found healthy", item.name)
+            self.status = 1
+        else:
+            super().receive(item, now)
+
+    def take_verdict(self, now: float) -> None:
+        super().take_verdict(now)
+        left = f"{self.grace_end - now:.0f}s of grace left" if now < self.grace_end else "grace is over"
+        log.info("%s: %s", left, "; ".join(map(str, self.watches.values())))
+
+
+# ---- Service commands --------------------------------------------------------------------------
+# install, remove, start, stop, status: what an operator does with the systemd service. To come.
+
+
+# ---- Command line ------------------------------------------------------------------------------
+# Options in, exit status out. Go's flag rules, because these flags are in units and user data out there.
+
+DEFAULT_FILE = "/etc/sysconfig/ec2-local-healthchecker.yml"
+LARGEST_FILE = 2**20  # bytes; a configuration has a few hundred
+# Name: (what it takes, its default, what it does). Without something to take, it is true or false.
+OPTIONS = {
+    "healthcheckfile": ("FILE", DEFAULT_FILE, "the configuration; - is standard input"),
+    "testconfig": ("", False, "print the effective configuration as JSON and exit"),
+    "foreground": ("", False, "a gate: probe, then exit 0 healthy or 1 not; never calls AWS"),
+    "fg-exit-early-if-healthy": ("", False, "with -foreground: exit 0 as soon as every check is healthy"),
+    "launchtime": ("EPOCH", "-1", "when the server was launched, in seconds since 1970:\nthe grace period counts from then"),
+    "dry-run": ("", False, "log what would have been marked; needs neither boto3 nor EC2"),
+    "verbose": ("", False, "also log every probe"),
+    "version": ("", False, "print the version and exit"),
+    "help": ("", False, "print this and exit; so does -h"),
+}
+
+
+class UsageError(Exception):
+    """A mistake on the command line, and what to write instead."""
+
+
+def parse_command_line(arguments) -> dict:
+    """The value of every option; UsageError for the first mistake."""
+    options = {name: default for name, (_, default, _) in OPTIONS.items()}
+    arguments = list(arguments)
+    while arguments:
+        argument = arguments.pop(0)
+        match = re.match("--?([^-=][^=]*)(?:=(.*))?\\Z", argument, re.DOTALL)
+        if not match:
+            raise UsageError(f"unexpected {shown(argument)}: options begin with a dash, and true or false follow a =")
+        name, value = "help" if match[1] == "h" else match[1], match[2]
+        if name not in OPTIONS:
+            raise UsageError(f"unknown option {shown(argument)}: {nearest(name, OPTIONS)}")
+        if OPTIONS[name][0]:
+            if value is None and not arguments:
+                raise UsageError(f"-{name} takes a value: write -{name} {OPTIONS[name][0]}")
+            options[name] = arguments.pop(0) if value is None else value
+        elif value in (None, "1", "t", "T", "true", "TRUE", "True"):
+            options[name] = True
+        elif value in ("0", "f", "F", "false", "FALSE", "False"):
+            options[name] = False
+        else:
+            raise UsageError(f"-{name}={shown(value)}: write -{name}=true or -{name}=false")
+    if not re.match(r"[+-]?[0-9]{1,18}\Z", options["launchtime"]):
+        raise UsageError(f"-launchtime {shown(options['launchtime'])}: write seconds since 1970, like $(date +%s)")
+    return options
+
+
+def usage() -> str:
+    rows = []
+    for name, (takes, default, text) in OPTIONS.items():
+        rows.append(f"  -{name} {takes}".rstrip())
+        rows += ["      " + line for line in text.split("\n")]
+        if takes and default != "-1":
+            rows.append(f"      default: {default}")
+    return f"usage: {PROGRAM} [options]\n\n" + "\n".join(rows)
+
+
+def load_config(path: str) -> Config:
+    """The configuration in a file, or of standard input for "-"; ConfigError if it cannot be used."""
+    source = "<stdin>" if path == "-" else path
+    try:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            content = file.read(LARGEST_FILE + 1)
+    except (OSError, ValueError) as error:
+        problem = f"cannot be read ({getattr(error, 'strerror', None) or error}): write it, or name another with -healthcheckfile"
+        raise ConfigError(problem, None, source) from None
+    if len(content) > LARGEST_FILE:
+        raise ConfigError("larger than 1 MiB: this is no configuration", 1, source)
+    try:
+        return Config.from_text(content.decode("utf-8"), source)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError("not UTF-8: save the file in that encoding", line, source) from None
+
+
+def main(argv=None) -> int:
+    """Run the program with these arguments (default: the process's own); returns the exit status."""
+    try:
+        options = parse_command_line(sys.argv[1:] if argv is None else argv)
+        if options["help"]:
+            print(usage(), flush=True)
+            return 0
+        if options["version"]:
+            print(PROGRAM, __version__, flush=True)
+            return 0
+        config = load_config(options["healthcheckfile"])
+        if options["testconfig"]:
+            print(*config.warnings, sep="\n", end="\n" * bool(config.warnings), file=sys.stderr, flush=True)
+            print(json.dumps(config.as_dict(), indent=2), flush=True)
+            return 0
+        return run(options, config)
+    except UsageError as error:
+        return _refuse(f"{PROGRAM}: {error}; -h lists the options")
+    except ConfigError as error:
+        return _refuse(str(error))
+    except Exception as fault:
+        return _refuse(f"{PROGRAM}: {type(fault).__name__}: {fault}", 1)
+
+
+def _refuse(line: str, status: int = 2) -> int:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    return status
+
+
+def run(options: dict, config: Config) -> int:
+    """Be the daemon, or the gate, until it is time to end; returns the exit status."""
+    now = time.monotonic()
+    launched = int(options["launchtime"])
+    grace = grace_left(config.graceperiod, None if launched < 0 else time.time() - launched)
+    inbox = Inbox()
+    foreground, dry_run, path = options["foreground"], options["dry-run"], options["healthcheckfile"]
+    for number in (signal.SIGTERM, signal.SIGINT) if foreground else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: inbox.put(signal.Signals(number)))
+    systemd = Systemd()
+    bypass_proxy_for_metadata()
+    rehearsals = [] if foreground or dry_run else [Rehearsal(config)]  # before the first thread
+    finish = start_logging(options["verbose"])
+    threading.excepthook = lambda fault: log.error("A thread of this program ended: %s", printable(repr(fault.exc_value)))
+    sys.unraisablehook = lambda fault: None
+
+    def start_loop(check, due):
+        loop = CheckLoop(check, inbox, due)
+        loop.start()
+        return loop
+
+    def start_marker():
+        marker = Marker(inbox, dry_run, rehearsals.pop() if rehearsals else None)
+        marker.start()
+        return marker
+
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    checks = ", ".join(f"{check.name} ({check.endpoint})" for check in config.checks)
+    log.info("%s %s watches %s; grace period: %gs", PROGRAM, __version__, checks, grace)
+    try:
+        if foreground:
+            return Gate(config, inbox, now, grace, start_loop, options["fg-exit-early-if-healthy"]).run()
+        if dry_run:
+            inbox.put(Rehearsed("", (), Seen()))
+        read_config = None if path == "-" else lambda: load_config(path)
+        directory = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+        return Daemon(config, inbox, now, grace, start_loop, start_marker, read_config, systemd, directory).run()
+    finally:
+        finish()
+
+
+if __name__ == "__main__":
+    # Not sys.exit(): a thread that hangs in the resolver or in a write must not be waited for.
+    os._exit(main())
