@@ -25,7 +25,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
-import functools
 import io
 import itertools
 import json
@@ -40,11 +39,12 @@ import select
 import selectors
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __version__ = "1.0.0"
 
@@ -103,7 +103,7 @@ def within_limit(percent: int, desired: int, weight: int, others) -> bool:
     do not serve of the desired capacity is out; it may come to `percent` of that capacity, rounded
     down, and always to the `weight` of this instance alone.
     """
-    serving = sum(w for w, state, health in others if state == IN_SERVICE and health.lower() == HEALTHY)
+    serving = sum(w for w, state, health in others if state == IN_SERVICE and health.lower() == MARK_HEALTHY.lower())
     return desired - serving <= max(desired * percent // 100, weight)
 
 
@@ -230,7 +230,10 @@ def parse_yaml(text: str):
             started, ended = True, mark[1] == "..."
             continue
         if not entry or mark or entry[4] == "<<":
-            name = next(name for pattern, name in UNSUPPORTED if re.match(pattern, row[:1000]))
+            row = row[3:] if mark else row[:1000]
+            name = next(name for pattern, name in UNSUPPORTED if re.match(pattern, row))
+            if lines and not childless and row.startswith(" " * (mappings[-1][0] + 1)):
+                name = "a value of several lines"
             raise ConfigError(f"{name}: write 'key: value', the value on one line, in quotes if need be", number)
         indent, key = len(entry[1]), _yaml_scalar(entry.group(2, 3, 4), number)
         while mappings and indent < mappings[-1][0]:
@@ -287,6 +290,8 @@ def parse_json(text: str):
             raise ConfigError("a list: no key takes one", line + 1)
         if token[0] == "{":
             path.append("")
+            if len(path) > DEEPEST:
+                raise ConfigError("no configuration: nested too deep", line + 1)
         elif token[0] == "}":
             path.pop()
         elif token[2]:
@@ -302,8 +307,10 @@ def parse_json(text: str):
 # Nothing is opened, resolved or connected to here.
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
+HOST = r"(?:[\w-]{1,63}\.)*[\w-]{1,63}"
 ENDPOINT = re.compile(
-    r"(?:(https?)://)?(?:\[([0-9a-f:.]+)\]|((?:[\w-]{1,63}\.)*[\w-]{0,63}\.?))(?::([\w-]+))?([/?][!\x22$-~]*)?(?:#.*)?",
+    rf"(?:(https?)://)?(?:\[([0-9a-f:.]+)\]|({HOST}\.?)?)(?::0*([0-9]{{1,5}}|[a-z][\w-]*))?"
+    r"([/?](?:[!\x22$&-~]|%[0-9a-f]{2})*)?(#[!-~]*)?",
     re.ASCII | re.IGNORECASE,
 )
 
@@ -320,23 +327,26 @@ class Endpoint:
     @classmethod
     def from_text(cls, text: str, schemes) -> Endpoint:
         """The endpoint in a URL, or in host:port where `schemes` has tcp; ConfigError if there is none."""
-        if re.match(r"\w+://[^/?#]*@", text):
-            raise ConfigError("no user or password in a URL: write an Authorization header")
-        form = "host:port, like localhost:80 or \"[::1]:80\"" if "tcp" in schemes else "a URL, like http://localhost:80/"
+        form = "a URL with a valid host and port, like http://localhost:80/"
+        if "tcp" in schemes:
+            form = "host:port with a valid host and port, like localhost:80 or \"[::1]:80\""
+        problem = f"{shown(text)} is not {form}"
+        if re.match(r"[^?#]*@", text):  # it may hold a password: it is not shown
+            problem = "no user or password in a URL: write an Authorization header, and %40 for @"
         match = ENDPOINT.fullmatch(text)
         scheme = match and (match[1] or "tcp").lower()
-        if not match or scheme not in schemes or (scheme == "tcp" and (match[5] or not match[4])):
-            raise ConfigError(f"{shown(text)} is not {form}")
+        if not match or scheme not in schemes or (scheme == "tcp" and (match[5] or match[6] or not match[4])):
+            raise ConfigError(problem)
         host = (match[2] or match[3] or "localhost" * (scheme == "tcp")).lower()
         try:
             number = match[4] or str(DEFAULT_PORTS[scheme])
             port = int(number) if number.isdigit() else socket.getservbyname(number, "tcp")
-            if match[2]:
-                socket.inet_pton(socket.AF_INET6, host)
+            if match[2] or re.fullmatch("[0-9.]+", host):
+                socket.inet_pton(socket.AF_INET6 if match[2] else socket.AF_INET, host)
         except OSError:
-            raise ConfigError(f"{shown(text)}: no such address or port name; write {form}") from None
+            port = 0
         if not host or len(host) > 253 or not 0 < port < 65536:
-            raise ConfigError(f"{shown(text)} has no host, or no port from 1 to 65535: write {form}")
+            raise ConfigError(problem)
         path = match[5] or "/"
         return cls(scheme, host, port, "" if scheme == "tcp" else path if path[0] == "/" else "/" + path)
 
@@ -374,17 +384,16 @@ def _status(text: str) -> tuple:
     return ranges
 
 
-def _headers(data: dict) -> tuple:
-    names = {"connection", "content-length", "transfer-encoding", "upgrade", "expect"}
-    for name, value in data.items():
-        if name.lower() in names:
-            raise ConfigError(f"{shown(name)} is here twice, or the probe's own to send: remove it")
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):  # RFC 9110, 5.1
-            raise ConfigError(f"{shown(name)} is no header name: write one like Host")
-        if not isinstance(value, str) or not re.fullmatch("[ -~]*", value):
-            raise ConfigError(f"the value of {name} is not one line of printable ASCII: write it so")
-        names.add(name.lower())
-    return tuple(data.items())
+def _header(name: str, value) -> None:
+    """ConfigError unless this header can be sent, and is for the configuration to send."""
+    if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):  # RFC 9110, 5.1
+        raise ConfigError(f"{shown(name)} is no header name: write one like Host")
+    if name.lower() in ("content-length", "transfer-encoding", "expect"):
+        raise ConfigError(f"{name} announces a body, and a probe sends none: remove it")
+    if not isinstance(value, str) or not re.fullmatch("[ -~]+", value) or value in ("null", "~"):
+        raise ConfigError(f"the value of {name} is not one line of printable ASCII: write one")
+    if name.lower() == "host" and not re.fullmatch(rf"({HOST}|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?", value, re.ASCII):
+        raise ConfigError(f"{shown(value)} is no host: write one like www.example.com")
 
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -393,7 +402,7 @@ TYPES = {"tcp": "tcp", "http": "http", "https": "http"}
 
 @dataclass(frozen=True)
 class Key:
-    """One key: how its text is read (KeyError, ValueError: not at all), and what holds without it."""
+    """One key: how its text is read (KeyError, TypeError, ValueError: not at all), and what holds without it."""
 
     read: collections.abc.Callable
     default: object
@@ -407,7 +416,7 @@ TOP_KEYS = {
     "graceperiod": Key(_graceperiod, 300.0, TIME + ", or 0"),
     "frequency": Key(_duration, 10.0, TIME),
     "recovery": Key(lambda text: BOOLEANS[text.lower()], True, "write true or false"),
-    "max_unhealthy": Key(lambda text: _number(text[: text.index("%")], 100), None, "write a percentage, 1% to 100%"),
+    "max_unhealthy": Key(lambda text: _number(re.fullmatch("(.*)%", text)[1], 100), None, "write a percentage, 1% to 100%"),
     "checks": Key(dict, None, mapping=True),
 }
 CHECK_KEYS = {
@@ -417,7 +426,7 @@ CHECK_KEYS = {
     "threshold": Key(lambda text: _number(text, 999999), 3, "write a whole number, 1 to 999999"),
     "frequency": Key(_duration, None, TIME),
     "status": Key(_status, ((200, 200),), "write codes of 200 to 599 (or 101), like 200,204 or 200-299", http_only=True),
-    "headers": Key(_headers, (), mapping=True, http_only=True),
+    "headers": Key(lambda data: tuple(data.items()), (), mapping=True, http_only=True),
     "tls_verify": Key(lambda text: BOOLEANS[text.lower()], True, "write true or false", http_only=True),
 }
 
@@ -490,14 +499,14 @@ def _read_keys(data, path: tuple, keys: dict, lines: dict, warnings: list) -> di
         if key in values:
             raise ConfigError("threshold is written twice: keep one", line)
         text = value if isinstance(value, (str, dict)) else json.dumps(value)
-        if isinstance(value, dict) != keys[key].mapping or value in ("", None, {}):
+        if isinstance(value, dict) != keys[key].mapping or value in ("", None):
             form = "keys and values, on lines of their own" if keys[key].mapping else "one value"
-            raise ConfigError(f"{key} takes {form}, not {shown(text) if isinstance(text, str) else 'a mapping'}", line)
+            raise ConfigError(f"{key} takes {form}: write {'them' if keys[key].mapping else 'it'}, or leave {key} out", line)
         try:
             values[key] = keys[key].read(text)
         except ConfigError as error:
             raise ConfigError(f"{key}: {error.problem}", line) from None
-        except (KeyError, ValueError):
+        except (KeyError, TypeError, ValueError):
             raise ConfigError(f"{key}: {shown(text)} will not do: {keys[key].advice}", line) from None
     return {**{name: key.default for name, key in keys.items()}, **values}
 
@@ -512,9 +521,18 @@ def nearest(name: str, known) -> str:
 
 def _read_check(name: str, data, frequency: float, lines: dict, warnings: list) -> Check:
     path = ("checks", name)
-    if not name.isprintable() or not name.strip() or not isinstance(data, dict):
-        raise ConfigError(f"check {shown(name)}: write a printable name, and below it at least an endpoint", lines[path])
+    if not name.isprintable() or not 0 < len(name.strip()) <= 100 or not isinstance(data, dict):
+        advice = "write a printable name of at most 100 characters, and below it at least an endpoint"
+        raise ConfigError(f"check {shown(name)}: {advice}", lines[path])
     values = _read_keys(data, path, CHECK_KEYS, lines, warnings)
+    names = [header.lower() for header, _ in values["headers"]]
+    for number, (header, value) in enumerate(values["headers"]):
+        try:
+            _header(header, value)
+            if names.index(names[number]) < number:
+                raise ConfigError(f"{header} is here twice: keep one")
+        except ConfigError as error:
+            raise ConfigError(f"headers: {error.problem}", lines[path + ("headers", header)]) from None
     for key in data:
         if values["type"] == "tcp" and key in CHECK_KEYS and CHECK_KEYS[key].http_only:
             raise ConfigError(f"{key} is for http checks, and this one is tcp: remove it", lines[path + (key,)])
@@ -595,9 +613,9 @@ def connect(host: str, port: int, deadline: Deadline) -> socket.socket:
             for key, _ in race.select(min(left, next_start - now) if addresses else left):
                 race.unregister(key.fileobj)
                 error = key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if not error and key.fileobj.getsockname() == key.data:
-                    error = errno.ECONNREFUSED  # nobody listens: the kernel joined the socket to itself
-                if not error:
+                if not error and _joined_to_itself(key.fileobj):
+                    error = errno.ECONNREFUSED
+                if error in (0, errno.ECONNRESET, errno.EPIPE):  # reset by now, but it was connected
                     return key.fileobj
                 key.fileobj.close()
                 failures.append(f"{key.data[0]} port {port}: {os.strerror(error)}")
@@ -620,15 +638,37 @@ def _connecting(family, kind, protocol, address) -> socket.socket:
     return sock
 
 
+def _joined_to_itself(sock: socket.socket) -> bool:
+    """Whether nobody listens, and the kernel chose the very port for the socket and joined it to itself."""
+    try:
+        if sock.getsockname() != sock.getpeername():
+            return False
+    except OSError:  # no longer connected
+        return False
+    # Closed in order, it would keep the service from taking its port for a minute.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return True
+
+
 def _resolve(host: str, port: int) -> list:
     try:
         # As bytes: a str would be put through the IDNA codec, which costs a megabyte to load.
         return socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        # Without descriptors the resolver says "unknown host": have the real reason raised instead.
-        for end in socket.socketpair():
-            end.close()
+    except OSError as error:
+        require_descriptors()
         raise ProbeFailure(f"cannot resolve {host}: {error.strerror}") from None
+
+
+def require_descriptors() -> None:
+    """Raise EMFILE if few descriptors are left: then an error of the resolver or of TLS, which need some
+    and do not say so, tells nothing of the service."""
+    ends: list = []
+    try:
+        for _ in range(4):
+            ends += os.pipe()
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 def service_failure(error: Exception) -> Exception:
@@ -639,22 +679,27 @@ def service_failure(error: Exception) -> Exception:
     return ProbeFailure(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
-def probe_tcp(check: Check) -> None:
+def probe_tcp(check: Check, tls: Tls | None = None) -> None:
     """Pass if the endpoint accepts a connection. (The kernel accepts for a service that hangs, too.)"""
     connect(check.endpoint.host, check.endpoint.port, Deadline(check.timeout)).close()
 
 
-def probe_http(check: Check) -> None:
-    """Pass if a GET, after redirects, ends in one of the check's codes; the body is not read."""
+def probe_http(check: Check, tls: Tls | None = None) -> None:
+    """Pass if a GET, after redirects, ends in one of the check's codes; the body is not read.
+
+    `tls` is the check's, kept from one attempt to the next.
+    """
     from urllib.parse import urljoin
 
+    tls = tls or Tls(check)
+    tls.prepare()
     deadline = Deadline(check.timeout)
     endpoint = check.endpoint
     for _ in range(MAX_REDIRECTS + 1):
         same_origin = (endpoint.scheme, endpoint.authority) == (check.endpoint.scheme, check.endpoint.authority)
         # The configured headers may hold a secret: another origin (RFC 6454) does not get them.
-        with exchange("GET", endpoint, check.headers if same_origin else (), deadline, check) as response:
-            status, location = response.status, response.getheader("Location")
+        with exchange("GET", endpoint, check.headers if same_origin else (), deadline, tls) as response:
+            status, location = response.status, (response.headers.get_all("Location") or [""])[0].strip(" \t")
         if any(low <= status <= high for low, high in check.status):
             return
         if status not in REDIRECTS or not location:
@@ -669,39 +714,52 @@ def probe_http(check: Check) -> None:
 
 
 @contextlib.contextmanager
-def exchange(method: str, endpoint: Endpoint, headers, deadline: Deadline, check: Check | None = None):
+def exchange(method: str, endpoint: Endpoint, headers, deadline: Deadline, tls: Tls | None = None):
     """Send one request on a connection of its own, never through a proxy; yields the final response.
 
-    `check` is whose TLS context serves an https endpoint. Raises as a probe does.
+    Raises as a probe does. `tls` is for an https endpoint.
     """
     import http.client
 
+    context = tls.make() if endpoint.scheme == "https" else None
     with contextlib.ExitStack() as stack:
         try:
             sock = stack.enter_context(connect(endpoint.host, endpoint.port, deadline))
-            if endpoint.scheme == "https":
+            if context:
                 sock.settimeout(deadline.left("in the TLS handshake"))
-                sock = stack.enter_context(tls_context(check).wrap_socket(sock, server_hostname=endpoint.host))
+                # As bytes, for the sake of the IDNA codec again; and no certificate has the final dot.
+                name = endpoint.host.rstrip(".").encode("ascii")
+                sock = stack.enter_context(context.wrap_socket(sock, server_hostname=name))
             connection = http.client.HTTPConnection(endpoint.host, endpoint.port)
             connection.default_port = DEFAULT_PORTS[endpoint.scheme]  # the one that Host leaves out
             connection.sock = sock
-            fields = {"Connection": "close", **dict(headers)}
-            if "user-agent" not in map(str.lower, fields):
-                fields["User-Agent"] = f"{PROGRAM}/{__version__}"
+            given = {name.lower() for name, _ in headers}
+            own = {"User-Agent": f"{PROGRAM}/{__version__}", "Connection": "close"}
+            fields = {name: value for name, value in own.items() if name.lower() not in given}
             sock.settimeout(deadline.left("sending the request"))
-            connection.request(method, endpoint.path, headers=fields)
-            reader = io.BufferedReader(DeadlineReader(sock, deadline))
-            source = types.SimpleNamespace(makefile=lambda mode: reader)
+            connection.request(method, endpoint.path, headers={**fields, **dict(headers)})
+            reader = DeadlineReader(sock, deadline)
+            source = types.SimpleNamespace(makefile=lambda mode: io.BufferedReader(reader))
             response = stack.enter_context(http.client.HTTPResponse(source, method=method))
-            response.begin()
+            _read_head(response)
             while response.status < 200 and response.status != 101:
                 response.headers = None  # that was an interim response (RFC 9110, 15.2): begin anew
-                response.begin()
+                _read_head(response)
+            if reader.ended:
+                raise http.client.HTTPException("the connection ended within the head of the response")
             yield response
         except socket.timeout:
             raise deadline.missed() from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise service_failure(error) from None
+            raise (tls.failure if tls else service_failure)(error) from None
+
+
+def _read_head(response) -> None:
+    try:
+        response.begin()
+    except (TypeError, LookupError, AttributeError, RecursionError) as error:
+        # What the parser of mail headers stumbles over was sent by the service.
+        raise ValueError(f"unreadable headers, {type(error).__name__}") from None
 
 
 class DeadlineReader(io.RawIOBase):
@@ -709,27 +767,56 @@ class DeadlineReader(io.RawIOBase):
 
     def __init__(self, sock: socket.socket, deadline: Deadline):
         self.sock, self.deadline = sock, deadline
+        self.ended = False  # whether the other side has sent its last
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
         self.sock.settimeout(self.deadline.left("waiting for the response"))
-        return self.sock.recv_into(buffer)
+        count = self.sock.recv_into(buffer)
+        self.ended = self.ended or not count
+        return count
 
 
-@functools.lru_cache(maxsize=None)
-def tls_context(check: Check | None):
-    """The TLS context of a check: Python's default, with the same verdict on a certificate everywhere."""
-    import ssl
+class Tls:
+    """The TLS context of one check: made when it is needed, and anew after a certificate was refused."""
 
-    context = ssl.create_default_context()
-    # Python 3.13 adds flags that refuse certificates which every Python before it accepts.
-    context.verify_flags = ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST
-    if check and not check.tls_verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
+    def __init__(self, check: Check):
+        self.check = check
+        self.context = None
+
+    def prepare(self) -> None:
+        """Load what an attempt needs before its time begins: that time is the service's."""
+        import http.client  # noqa: F401
+
+        if self.check.endpoint.scheme == "https":
+            self.make()
+
+    def make(self):
+        """Python's default context, but with the same verdict on a certificate on every Python."""
+        import ssl
+
+        if not self.context:
+            try:
+                context = ssl.create_default_context()
+            except OSError as error:
+                raise RuntimeError(f"no TLS context, {error}") from None  # not what the service did
+            context.set_ciphers("DEFAULT")  # of the system: Python 3.10 and later offer fewer
+            context.verify_flags = ssl.VerifyFlags.VERIFY_X509_TRUSTED_FIRST  # 3.13 sets flags that refuse more
+            if not self.check.tls_verify:
+                context.check_hostname = False
+                context.verify_mode = ssl.CERT_NONE
+            require_descriptors()  # without them, it would have found no certificates of authorities, silently
+            self.context = context
+        return self.context
+
+    def failure(self, error: Exception) -> Exception:
+        """As service_failure; but after a refused certificate, the authorities are read again."""
+        if hasattr(error, "verify_code"):
+            self.context = None
+            require_descriptors()
+        return service_failure(error)
 
 
 # ---- EC2 and Auto Scaling ----------------------------------------------------------------------
@@ -738,13 +825,18 @@ def tls_context(check: Check | None):
 
 METADATA_TIMEOUT = 1.0  # seconds for one request
 METADATA_ATTEMPTS = 3
-METADATA_PATHS = ("instance-id", "placement/region", "autoscaling/target-lifecycle-state")
+# Where each field of Seen comes from, and what it looks like: a web page in its place is not believed.
+METADATA_ITEMS = {
+    "id": ("instance-id", r"[\w-]{1,64}"),
+    "placement": ("placement/region", r"[\w-]{1,64}"),
+    "lifecycle": ("autoscaling/target-lifecycle-state", "[A-Za-z:]{1,64}"),
+}
 BOTO3_PACKAGES = {"boto3", "botocore", "s3transfer", "jmespath", "dateutil", "urllib3"}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What instance metadata has said of this instance, as far as it could ever be read."""
+    """What instance metadata has said of this instance, each item as far as it could ever be read."""
 
     id: str = ""
     placement: str = ""
@@ -760,37 +852,48 @@ class Seen:
         return os.environ.get("AWS_REGION") or self.placement
 
 
+def read_metadata(before: Seen):
+    """What instance metadata says now, by IMDSv2, and why not all of it: (Seen, reason).
+
+    An item that cannot be read stays as it was `before`.
+    """
+    seen, reason = before, ""
+    try:
+        ttl = {"X-aws-ec2-metadata-token-ttl-seconds": "60"}
+        token = {"X-aws-ec2-metadata-token": _metadata("PUT", "api/token", ttl, "[!-~]+")}
+    except ProbeFailure as failure:
+        return before, failure.reason
+    for field, (path, pattern) in METADATA_ITEMS.items():
+        try:
+            seen = replace(seen, **{field: _metadata("GET", "meta-data/" + path, token, pattern)})
+        except ProbeFailure as failure:
+            reason = reason or failure.reason
+    return seen, reason
+
+
+def _metadata(method: str, path: str, headers: dict, pattern: str) -> str | None:
+    failure = None
+    for _ in range(METADATA_ATTEMPTS):
+        try:
+            with exchange(method, metadata_endpoint(path), headers.items(), Deadline(METADATA_TIMEOUT)) as response:
+                text = response.read(1024).decode("latin-1").strip()
+                if response.status == 404 and path.endswith("lifecycle-state"):
+                    return None
+                if response.status == 200 and not response.length and re.fullmatch(pattern, text, re.ASCII):
+                    return text
+                raise ProbeFailure(f"HTTP status {response.status} for {path}, {len(text)} characters")
+        except ProbeFailure as error:
+            failure = error
+    raise failure
+
+
 def metadata_endpoint(path: str) -> Endpoint:
     variable = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
     base = os.environ.get(variable) or "http://169.254.169.254"
     try:
         return Endpoint.from_text(base.rstrip("/") + "/latest/" + path, ("http",))
     except ConfigError as error:
-        raise ConfigError(error.problem, None, variable) from None
-
-
-def read_metadata() -> Seen:
-    """What instance metadata says now, by IMDSv2; ProbeFailure or OSError if it cannot be read."""
-    token = _metadata("PUT", "api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
-    headers = {"X-aws-ec2-metadata-token": token or ""}
-    instance, region, lifecycle = (_metadata("GET", f"meta-data/{path}", headers) for path in METADATA_PATHS)
-    return Seen(instance or "", region or "", lifecycle)
-
-
-def _metadata(method: str, path: str, headers: dict) -> str | None:
-    failure = None
-    for _ in range(METADATA_ATTEMPTS):
-        try:
-            with exchange(method, metadata_endpoint(path), headers, Deadline(METADATA_TIMEOUT)) as response:
-                text = response.read(1024).decode("latin-1").strip()
-                if response.status == 404:
-                    return None
-                if response.status == 200 and re.fullmatch("[!-~]+", text):
-                    return text
-                raise ProbeFailure(f"HTTP status {response.status} for {path}, {len(text)} characters")
-        except ProbeFailure as error:
-            failure = error
-    raise failure
+        raise ConfigError(f"in the environment, {error.problem}", None, variable) from None
 
 
 def bypass_proxy_for_metadata() -> None:
@@ -803,45 +906,56 @@ def bypass_proxy_for_metadata() -> None:
 
 @contextlib.contextmanager
 def forgetting_boto3():
-    """Forget boto3 on an error: half imported (no memory) or half replaced (an upgrade), it stays broken."""
+    """Forget what was imported here if it broke: half imported (no memory) or half replaced (an upgrade),
+    a package stays broken until it is imported anew."""
+    before = set(sys.modules)
     try:
         yield
-    except BaseException:
-        for name in [name for name in sys.modules if name.partition(".")[0] in BOTO3_PACKAGES]:
-            del sys.modules[name]
+    except BaseException as error:
+        if boto3_is_broken(error) or isinstance(error, MemoryError):
+            for name in [name for name in sys.modules if name not in before or name.partition(".")[0] in BOTO3_PACKAGES]:
+                sys.modules.pop(name, None)
         raise
 
 
-@forgetting_boto3()
+def boto3_is_broken(error: BaseException) -> bool:
+    """Whether an error comes from a missing or damaged boto3, and not from what it was asked to do."""
+    damage = (ImportError, AttributeError, NameError, SyntaxError, SystemError, SystemExit, UnicodeDecodeError)
+    return isinstance(error, damage) or bool(re.search("DataNotFound|UnknownService", type(error).__name__))
+
+
 def boto3_session():
-    """A new session: one made while credentials were missing never finds any. ImportError without boto3."""
+    """A new boto3 session: one that was made while credentials were missing never finds any."""
     import importlib
     import warnings
 
     warnings.simplefilter("ignore")  # boto3's remarks on old Pythons are not for this log
     importlib.invalidate_caches()
-    try:
+    with forgetting_boto3():
+        import encodings.idna  # noqa: F401  # and the four: what a call would load, while it cannot be forgotten
+
         import boto3.session
+        import botocore.auth  # noqa: F401
+        import botocore.httpsession  # noqa: F401
+        import botocore.parsers  # noqa: F401
+        import botocore.retries.standard  # noqa: F401
         import botocore.session
-    except (ImportError, MemoryError):
-        raise
-    except BaseException as error:
-        raise ImportError(f"boto3 is broken, {type(error).__name__}: {error}") from error
-    core = botocore.session.Session()
-    core.set_config_variable("metadata_service_num_attempts", METADATA_ATTEMPTS)
-    return boto3.session.Session(botocore_session=core)
+
+        core = botocore.session.Session()
+        core.set_config_variable("metadata_service_num_attempts", METADATA_ATTEMPTS)
+        return boto3.session.Session(botocore_session=core)
 
 
-@forgetting_boto3()
 def autoscaling_client(session, region: str):
     """A client whose calls give up after three attempts, each of at most 3 s to connect and 10 s to answer."""
-    from botocore.config import Config as ClientConfig
+    with forgetting_boto3():
+        from botocore.config import Config as ClientConfig
 
-    # Older boto3 does not read these variables.
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_AUTO_SCALING") or os.environ.get("AWS_ENDPOINT_URL")
-    retries = {"mode": "standard", "total_max_attempts": 3}
-    config = ClientConfig(connect_timeout=3, read_timeout=10, retries=retries)
-    return session.client("autoscaling", region_name=region, endpoint_url=endpoint, config=config)
+        # Older boto3 does not read these variables.
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_AUTO_SCALING") or os.environ.get("AWS_ENDPOINT_URL")
+        retries = {"mode": "standard", "total_max_attempts": 3}
+        config = ClientConfig(connect_timeout=3, read_timeout=10, retries=retries)
+        return session.client("autoscaling", region_name=region, endpoint_url=endpoint, config=config)
 
 
 def describe_group(client, instance: str):
@@ -861,17 +975,17 @@ def describe_group(client, instance: str):
     return groups[0]["DesiredCapacity"], weight, list(rows.values())
 
 
-ADVICE = (  # the first pattern found in the code and text of an error says what the operator can do
-    ("grace period", "in the group's health check grace period a mark is refused"),
-    ("No managed instance|in no Auto", "attach the instance to a group, or stop this service"),
+ADVICE = (  # the first pattern that "code: text" of an error begins with says what the operator can do
+    (".*grace period", "a group refuses marks within its health check grace period"),
+    (".*(No managed instance|in no Auto)", "attach the instance to a group, or stop this service"),
     ("AccessDenied|Unauthorized", "allow autoscaling:{call} in the policy of the instance's role"),
-    ("Credential|AuthFailure|MissingAuth", "give the instance a profile with a role that allows autoscaling:{call}"),
-    ("Expired|Signature|InvalidClientToken", "look at the clock of this machine, then at its credentials"),
+    ("NoCred|Partial|Credential|MetadataRetrieval", "give the instance a profile whose role allows autoscaling:{call}"),
+    (".*Expired|Signature|InvalidSig|InvalidClient|AuthFailure|.*expired", "look at the clock, then at the credentials"),
     ("Throttl|RequestLimit|TooManyRequests", "AWS limits the calls of the whole account; nothing to do here"),
     ("ResourceContention|ScalingActivity", "the group is being changed; nothing to do here"),
-    ("Connect|Timeout|Proxy|SSL|HTTPClient", "look at routes, security groups, VPC endpoint and proxy"),
-    ("No module|Import|DataNotFound|UnknownService", "install the package python3-boto3"),
-    (r"Internal|Unavailable|\(5\d\d\)", "AWS has a fault; nothing to do here"),
+    ("Internal|ServiceUnav|50.:|ResponseParser", "AWS has a fault; nothing to do here"),
+    (".*(Connect|Timeout|Proxy|SSL|HTTPClient)", "look at routes, security groups, VPC endpoint and proxy"),
+    ("MemoryError", "the instance is out of memory"),
 )
 
 
@@ -879,15 +993,88 @@ def explain(error: BaseException, call: str) -> str:
     """One line: what went wrong in an API call, and what to do about it."""
     code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code") or type(error).__name__
     text = printable(f"{error}" if code in f"{error}" else f"{code}: {error}")
-    advice = next((advice for pattern, advice in ADVICE if re.search(pattern, f"{code} {error}")), "")
+    advice = next((advice for pattern, advice in ADVICE if re.match(pattern, f"{code}: {error}")), "")
+    if boto3_is_broken(error):
+        advice = "boto3 is missing or broken: install the package python3-boto3"
     return text + f" -- {advice}".format(call=call) * bool(advice)
 
 
-def may_have_acted(error: BaseException) -> bool:
-    """Whether a call that failed may have taken effect: unless it was refused at once, or never sent."""
+def was_refused(error: BaseException) -> bool:
+    """Whether AWS answered the only attempt of a call, and with a refusal."""
     answer = (getattr(error, "response", None) or {}).get("ResponseMetadata", {})
-    refused = 400 <= answer.get("HTTPStatusCode", 0) < 500 and not answer.get("RetryAttempts")
-    return not refused and not re.search("Credential|ParamValidation", type(error).__name__)
+    return 400 <= answer.get("HTTPStatusCode", 0) < 500 and not answer.get("RetryAttempts")
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What the rehearsal found: why this program could never mark, if so, and what to warn of."""
+
+    fatal: str
+    warnings: tuple
+    seen: Seen
+
+
+class Rehearsal:
+    """This program, run once in a child process that tries what marking takes; its memory goes with it."""
+
+    TIME = 30.0  # seconds
+
+    def __init__(self, config: Config):
+        self.pipe, answer = os.pipe()
+        self.pid = os.fork()  # there is no other thread yet
+        if self.pid == 0:
+            try:
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_DFL)
+                for descriptor in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+                os.write(answer, json.dumps(rehearse(config)).encode())
+            finally:
+                os._exit(0)
+        os.close(answer)
+
+    def outcome(self) -> Rehearsed:
+        """Wait for the child, and end it if it takes too long."""
+        waiting = select.poll()
+        waiting.register(self.pipe, select.POLLIN)
+        if not waiting.poll(self.TIME * 1000):
+            self.kill()
+        with open(self.pipe, "rb") as pipe:
+            answer = pipe.read()
+        with contextlib.suppress(ChildProcessError):  # reaped already, where SIGCHLD is ignored
+            os.waitpid(self.pid, 0)
+        self.pid = 0
+        if answer:
+            fatal, warnings, seen = json.loads(answer)
+            return Rehearsed(fatal, tuple(warnings), Seen(**seen))
+        why = f"The rehearsal of a mark died, or gave no answer in {self.TIME:g}s: look at network, boto3 and memory"
+        return Rehearsed("", (why,), Seen())
+
+    def kill(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def rehearse(config: Config):
+    """Try all that marking takes, but the call; the fields of Rehearsed, as JSON takes them."""
+    seen, unread = read_metadata(Seen())
+    warnings = [f"Instance metadata cannot be read: {unread} -- enable IMDSv2 for this instance"] if unread else []
+    call = "SetInstanceHealth"
+    try:
+        session = boto3_session()
+        client = autoscaling_client(session, seen.region or "us-east-1")
+        credentials = session.get_credentials()
+        if not credentials:
+            raise LookupError("Credentials are neither in the environment nor in instance metadata")
+        credentials.get_frozen_credentials()
+        if config.max_unhealthy is not None and seen.instance:
+            call = "DescribeAutoScaling*"
+            describe_group(client, seen.instance)
+    except BaseException as error:
+        if boto3_is_broken(error):
+            return explain(error, call), warnings, vars(seen)
+        warnings.append(f"A mark would not succeed now: {explain(error, call)}")
+    return "", warnings, vars(seen)
 
 
 # ---- Telling -----------------------------------------------------------------------------------
@@ -898,6 +1085,7 @@ LOG_QUEUE = 1000  # lines that may wait for the writer
 FLUSH_TIME = 0.5  # seconds for the last lines at the end
 
 log = logging.getLogger(PROGRAM)
+log.propagate = False
 
 
 class LossyQueueHandler(logging.handlers.QueueHandler):
@@ -919,6 +1107,7 @@ class LossyQueueHandler(logging.handlers.QueueHandler):
 def start_logging(verbose: bool):
     """Log to stdout, from WARNING on to stderr; returns what gives the writer time for its last lines."""
     logging.raiseExceptions = False  # a log that cannot be written stops nothing
+    logging.getLogger().addHandler(logging.NullHandler())  # what libraries log is not for this log
     lines: queue.Queue = queue.Queue(LOG_QUEUE)
     writers = []
     for descriptor in (1, 2):
@@ -955,9 +1144,19 @@ class Systemd:
                 self.watchdog = int(os.environ.get("WATCHDOG_USEC", 0)) / 1e6 or math.inf
 
     def notify(self, *lines: str) -> None:
+        """Send one message; it is cut, for systemd ignores all of one of more than 4096 bytes."""
         if self.socket:
             with contextlib.suppress(OSError):
-                self.socket.sendto("\n".join(lines).encode(), self.address)
+                self.socket.sendto("\n".join(lines).encode("ascii", "backslashreplace")[:2000], self.address)
+
+
+def read_status(directory: str) -> dict:
+    """What status.json in `directory` says; nothing if it cannot be read."""
+    try:
+        with open(os.path.join(directory, "status.json")) as file:
+            return dict(json.load(file))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def write_status(directory: str, status: dict) -> None:
@@ -983,6 +1182,10 @@ class Inbox:
         self._waker.setblocking(False)
         self._poll = select.poll()
         self._poll.register(self._wake, select.POLLIN)
+
+    def wake_on_signals(self) -> None:
+        """Have a signal end the wait too, also when the kernel hands it to another thread."""
+        signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
 
     def put(self, item) -> None:
         self._items.append(item)
@@ -1020,17 +1223,15 @@ class CheckLoop(threading.Timer):
     """
 
     def __init__(self, check: Check, inbox: Inbox, due: float):
-        super().__init__(check.frequency, probe_tcp if check.type == "tcp" else probe_http, [check])
+        super().__init__(check.frequency, probe_tcp if check.type == "tcp" else probe_http)
         self.daemon = True
         self.check = check
+        self.tls = Tls(check)
         self.inbox = inbox
         self.due = due  # when the next probe starts
         self.probing: tuple | None = None  # (number, start) of the probe under way
 
     def run(self):
-        if self.check.endpoint.scheme == "https":
-            with contextlib.suppress(Exception):  # the first probe will tell
-                tls_context(self.check)  # now: the time that it takes is not the service's
         for number in itertools.count(1):
             while not self.finished.is_set() and time.monotonic() < self.due:
                 # Not finished.wait(): before Python 3.11, that follows the wall clock.
@@ -1038,16 +1239,18 @@ class CheckLoop(threading.Timer):
             if self.finished.is_set():
                 return
             start = time.monotonic()
-            self.probing = (number, start)
-            passed, reason = self.attempt()
+            passed, reason = self.attempt(number)
             end = time.monotonic()
             self.due = next_due(self.due, self.interval, end)
             self.probing = None
             self.inbox.put(Result(self, number, passed, reason, end - start))
 
-    def attempt(self):
+    def attempt(self, number: int):
         try:
-            self.function(*self.args)
+            if self.check.type == "http":
+                self.tls.prepare()
+            self.probing = (number, time.monotonic())
+            self.function(self.check, self.tls)
             return True, ""
         except ProbeFailure as failure:
             return False, failure.reason
@@ -1057,11 +1260,11 @@ class CheckLoop(threading.Timer):
 
 # ---- Marker ------------------------------------------------------------------------------------
 # The one thread that talks to AWS: it carries out one order of the main thread at a time. Whether and
-# when to order is the main thread's; whether the call is still wanted is looked at here, right before it.
+# when to order is the main thread's; whether the call is still wanted is looked at here, as it is sent.
 
 CALLED, FAILED = "called", "failed"  # what may come of an order: the call succeeded; it did not
 HELD, CROWDED = "held", "crowded"  # no call now: this instance must not be marked; the group cannot spare it
-RESUMED, WITHDRAWN = "resumed", "withdrawn"  # a hold is over, with a grace period to come; no longer wanted
+LOOKED, WITHDRAWN = "looked", "withdrawn"  # no call was ordered; none is wanted any more
 
 
 @dataclass(frozen=True)
@@ -1071,6 +1274,7 @@ class Order:
     status: str  # MARK_UNHEALTHY or MARK_HEALTHY
     seen: Seen  # what metadata said before
     max_unhealthy: int | None
+    look: bool = False  # only see whether the lifecycle state permits a call
 
 
 @dataclass(frozen=True)
@@ -1085,84 +1289,20 @@ class Outcome:
     level: int = logging.WARNING
 
 
-@dataclass(frozen=True)
-class Rehearsed:
-    """What the rehearsal found: why this program could never mark, if so, and what to warn of."""
-
-    fatal: str
-    warnings: tuple
-    seen: Seen
-
-
-class Rehearsal:
-    """This program, run once in a child process that tries what marking takes; its memory goes with it."""
-
-    TIME = 30  # seconds
-
-    def __init__(self, config: Config):
-        self.pipe, answer = os.pipe()
-        self.pid = os.fork()  # there is no other thread yet
-        if self.pid == 0:
-            try:
-                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                    signal.signal(number, signal.SIG_DFL)
-                signal.alarm(self.TIME)
-                for descriptor in (1, 2):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-                os.write(answer, json.dumps(rehearse(config)).encode())
-            finally:
-                os._exit(0)
-        os.close(answer)
-
-    def outcome(self) -> Rehearsed:
-        """Wait for the child, and for no longer than it may take."""
-        with open(self.pipe, "rb") as pipe:
-            answer = pipe.read()
-        with contextlib.suppress(ChildProcessError):  # reaped already, where SIGCHLD is ignored
-            os.waitpid(self.pid, 0)
-        if answer:
-            fatal, warnings, seen = json.loads(answer)
-            return Rehearsed(fatal, tuple(warnings), Seen(**seen))
-        why = f"The rehearsal of a mark died, or gave no answer in {self.TIME}s: look at network, boto3 and memory"
-        return Rehearsed("", (why,), Seen())
-
-
-def rehearse(config: Config):
-    """Try all that marking takes, but the call; the fields of Rehearsed, as JSON takes them."""
-    seen, warnings, call = Seen(), [], "SetInstanceHealth"
-    try:
-        seen = read_metadata()
-    except (ProbeFailure, OSError) as failure:
-        warnings.append(f"Instance metadata cannot be read: {failure} -- enable IMDSv2 for this instance")
-    try:
-        session = boto3_session()
-        client = autoscaling_client(session, seen.region or "us-east-1")
-        credentials = session.get_credentials()
-        if not credentials:
-            raise LookupError("no Credentials in the environment or in instance metadata")
-        credentials.get_frozen_credentials()
-        if config.max_unhealthy is not None and seen.instance:
-            call = "DescribeAutoScaling*"
-            describe_group(client, seen.instance)
-    except BaseException as error:
-        if isinstance(error, ImportError) or re.search("DataNotFound|UnknownService", type(error).__name__):
-            return explain(error, call), warnings, vars(seen)
-        warnings.append(f"A mark would not succeed now: {explain(error, call)}")
-    return "", warnings, vars(seen)
+class Withdrawn(Exception):
+    """The call is no longer wanted."""
 
 
 class Marker(threading.Thread):
     """Brings the group's view of this instance to what is wanted, one order at a time."""
 
-    def __init__(self, inbox: Inbox, dry_run: bool, rehearsal: Rehearsal | None = None):
+    def __init__(self, inbox: Inbox, dry_run: bool):
         super().__init__(daemon=True)
-        self.inbox, self.dry_run, self.rehearsal = inbox, dry_run, rehearsal
+        self.inbox, self.dry_run = inbox, dry_run
         self.orders: queue.SimpleQueue = queue.SimpleQueue()
         self.wanted: str | None = None  # the HealthStatus wanted now; the main thread's to write
 
     def run(self):
-        if self.rehearsal:
-            self.inbox.put(self.rehearsal.outcome())
         while True:
             order = self.orders.get()
             try:
@@ -1173,22 +1313,24 @@ class Marker(threading.Thread):
 
     def carry_out(self, order: Order) -> Outcome:
         """Look at metadata and, if a limit is set, at the group; if all permits it, make the call."""
-        seen, unread = order.seen, ""
-        try:
-            seen = read_metadata()
-        except ProbeFailure as failure:
-            unread = failure.reason
+        seen, unread = read_metadata(order.seen)
+        sent: list = []
 
         def outcome(kind, text="", **fields):
             return Outcome(order, kind, text, seen, **fields)
+
+        def about_to_send(request, **_):
+            if self.wanted != order.status:
+                raise Withdrawn
+            sent.append(request)
 
         if seen.id and seen.id != seen.instance:
             text = f"INSTANCE_ID is {seen.instance}, but metadata says {seen.id}: remove the variable"
             return outcome(HELD, text, level=logging.ERROR)
         if not lifecycle_permits(seen.lifecycle):
             return outcome(HELD, f"target lifecycle state {seen.lifecycle}")
-        if order.status == MARK_UNHEALTHY and not lifecycle_permits(order.seen.lifecycle):
-            return outcome(RESUMED, f"target lifecycle state {seen.lifecycle} again, a new grace period begins")
+        if order.look:
+            return outcome(LOOKED, f"target lifecycle state {seen.lifecycle} after a hold, in a new grace period")
         if self.dry_run:
             return outcome(CALLED, acted=True)
         if not seen.instance or not seen.region:
@@ -1202,12 +1344,14 @@ class Marker(threading.Thread):
                 return outcome(CROWDED, explain(error, "DescribeAutoScaling*"), level=logging.ERROR)
             if not within_limit(order.max_unhealthy, *group):
                 return outcome(CROWDED, f"max_unhealthy: more than {order.max_unhealthy}% of the group is out")
-        if self.wanted != order.status:
-            return outcome(WITHDRAWN, "that is no longer wanted", level=logging.INFO)
+        # Before every attempt of the call: botocore's retries may come half a minute after the first.
+        client.meta.events.register("before-send.auto-scaling.SetInstanceHealth", about_to_send)
         try:
             client.set_instance_health(InstanceId=seen.instance, HealthStatus=order.status)
+        except Withdrawn:
+            return outcome(WITHDRAWN, acted=bool(sent))
         except Exception as error:
-            return outcome(FAILED, explain(error, "SetInstanceHealth"), acted=may_have_acted(error))
+            return outcome(FAILED, explain(error, "SetInstanceHealth"), acted=bool(sent) and not was_refused(error))
         return outcome(CALLED, acted=True)
 
 
@@ -1217,6 +1361,7 @@ class Marker(threading.Thread):
 
 HANG_SLACK = 0.25  # seconds past its deadline that a probe has to report its own failure
 LATE = 10.0  # seconds past its due time that a check loop is thought stuck
+ORDER_TIME = 300.0  # seconds after which an order is thought to hang for ever: three attempts, and more
 
 
 class Watch:
@@ -1255,50 +1400,52 @@ class Watcher:
         self.next_verdict = now + config.frequency
         self.verdict = UNDECIDED
         self.watches = {check.name: Watch(check) for check in config.checks}
-        self.loops_missing = False
+        self.threads_missing = False
         self.status = None  # the exit status, when it is time
-        self.keep_loops(now)
 
     def run(self) -> int:
         """Work until it is time to end; returns the exit status."""
         while self.status is None:
-            now = time.monotonic()
             try:
-                wake = self.step(now)
+                wake = self.step(time.monotonic())
+                if self.status is None:
+                    self.inbox.wait(wake - time.monotonic())
             except Exception as fault:  # rule 2: whatever it is, the next step is another try
                 log.error("A fault of this program: %s", printable(f"{type(fault).__name__}: {fault}"))
-                wake = now + 1.0
-            if self.status is None:
-                self.inbox.wait(wake - time.monotonic())
+                time.sleep(0.5)
         return self.status
 
     def step(self, now: float) -> float:
         """Take in what was handed over, decide what is due by `now`; returns when to come again."""
         for item in self.inbox.take():
             self.receive(item, now)
+            if self.status is not None:
+                return now
         self.count_hung(now)
         if now >= self.next_verdict:
             self.next_verdict = next_due(self.next_verdict, self.config.frequency, now)
-            self.keep_loops(now)
+            self.keep_threads(now)
             self.take_verdict(now)
         overdue = min((w.overdue_at(w.loop.probing) for w in self.watches.values() if w.loop), default=math.inf)
         return min(self.next_verdict, max(overdue, now + 0.1))
 
-    def keep_loops(self, now: float) -> None:
-        """Start the check loops that are not there: at the beginning all of them, later those that died."""
-        missing = False
+    def keep_threads(self, now: float) -> None:
+        """Start the threads that are not there: at the beginning all of them, later those that died."""
+        try:
+            self.start_missing(now)
+            self.threads_missing = False
+        except Exception as fault:
+            if not self.threads_missing:
+                log.error("Threads cannot be started, trying at each verdict: %s", printable(str(fault)))
+            self.threads_missing = True
+
+    def start_missing(self, now: float) -> None:
         for watch in self.watches.values():
-            if watch.loop and watch.loop.is_alive():
-                continue
-            if watch.loop:
+            if watch.loop and not watch.loop.is_alive():
                 log.error("The loop of check %s is gone: starting it again", watch.check.name)
-            try:
+                watch.loop = None
+            if not watch.loop:
                 watch.loop, watch.hung = self.start_loop(watch.check, max(now, self.probing_from)), None
-            except Exception as fault:
-                missing = True
-                if not self.loops_missing:
-                    log.error("Check loops cannot be started, trying again: %s", printable(str(fault)))
-        self.loops_missing = missing
 
     def receive(self, result: Result, now: float) -> None:
         watch = self.watches.get(result.loop.check.name)
@@ -1330,13 +1477,16 @@ class Watcher:
         """
         for watch in self.watches.values():
             probing = watch.loop and watch.loop.probing
-            if probing and now >= watch.overdue_at(probing):
+            if probing and now >= watch.overdue_at(probing) and watch.loop.is_alive():
                 watch.hung = probing[0]
                 watch.hung_again = now + max(watch.check.frequency, watch.check.timeout)
                 self.count(watch, False, f"no end after {watch.check.timeout:g}s: it hangs, in name resolution most likely")
 
+    def current_verdict(self) -> str:
+        return verdict_of(watch.health.state for watch in self.watches.values())
+
     def take_verdict(self, now: float) -> None:
-        before, self.verdict = self.verdict, verdict_of(watch.health.state for watch in self.watches.values())
+        before, self.verdict = self.verdict, self.current_verdict()
         if self.verdict != before:
             level = logging.WARNING if self.verdict == UNHEALTHY else logging.INFO
             log.log(level, "Verdict %s (was %s): %s", self.verdict, before, self.evidence())
@@ -1350,38 +1500,48 @@ class Watcher:
 class Daemon(Watcher):
     """Watches, and has the instance marked while the verdict wants it."""
 
-    def __init__(self, config, inbox, now, grace, start_loop, start_marker, read_config=None, systemd=None, directory=None):
+    def __init__(
+        self, config, inbox, now, grace, start_loop, start_marker, dry_run=False,
+        read_config=None, systemd=None, directory="", marked=False,
+    ):  # fmt: skip
         super().__init__(config, inbox, now, grace, now + grace, start_loop)
         self.start_marker = start_marker  # () -> a Marker, running
+        self.dry_run = dry_run
         self.read_config = read_config  # () -> a Config; None: it came from standard input
         self.systemd = systemd or Systemd()
         self.directory = directory  # where status.json goes, if anywhere
-        self.marker = start_marker()
-        self.phase = "starting"  # until the rehearsal is over
+        self.marked = marked  # whether a mark of our own may stand in the group
+        self.marker = None  # while it cannot be started
+        self.ready = False  # whether the rehearsal is over
         self.seen = Seen()  # what metadata last said
         self.wanted = None  # the HealthStatus wanted
-        self.marked = False  # whether a mark of our own may stand in the group
-        self.order = None  # the order under way
-        self.cause = ""  # what it was given for
-        self.calls = 0  # made since the present status is wanted
+        self.calls = 0  # made since it is wanted
         self.call_at = 0.0  # when the next order is due
-        self.hold = ""  # why no call is made, while none is
-        self.hold_until = 0.0  # the end of the grace period after a hold
+        self.order = None  # the one under way
+        self.order_at = 0.0  # when it was given
+        self.cause = ""  # what it was given for
+        self.held = False  # whether the lifecycle state forbids calls, as far as is known
+        self.resumed_until = 0.0  # the end of the grace period after a hold
+        self.hold = ""  # why there was no call when there could have been one
         self.last_call = None  # for status.json
         self.feed_at = now  # when systemd's watchdog is fed next
         self.untold = ""  # the last error of writing status.json
+        self.keep_threads(now)
 
     def step(self, now: float) -> float:
         wake = super().step(now)
-        if self.wanted and not self.order and now >= self.order_at():
-            self.cause = self.evidence()
-            self.order = Order(self.wanted, self.seen, self.config.max_unhealthy)
-            self.marker.orders.put(self.order)
+        if self.marker:
+            # A call is wanted only while the checks themselves agree, between verdicts too; and not on the way out.
+            agreed = self.wanted and self.wanted == wanted_mark(self.current_verdict(), self.marked, self.config.recovery)
+            self.marker.wanted = self.wanted if agreed and self.status is None else None
+            if self.marker.wanted and not self.order and now >= self.call_at:
+                self.give_order(now)
+            elif self.marker.wanted and not self.order:
+                wake = min(wake, self.call_at)
         if now >= self.feed_at and not self.stuck(now):
             self.systemd.notify("WATCHDOG=1")
             self.feed_at = now + self.systemd.watchdog / 4
-        order_at = self.order_at() if self.wanted and not self.order else math.inf
-        return min(wake, order_at, max(self.feed_at, now + 1.0))
+        return min(wake, max(self.feed_at, now + 1.0))
 
     def receive(self, item, now: float) -> None:
         if isinstance(item, Outcome):
@@ -1405,67 +1565,95 @@ class Daemon(Watcher):
         for warning in rehearsed.warnings:
             log.warning("%s", warning)
         self.seen = rehearsed.seen
-        self.phase = "watching"
-        dry = " -- this is a dry run, nothing will be marked" * self.marker.dry_run
+        self.ready = True
+        dry = " -- this is a dry run, nothing will be marked" * self.dry_run
         log.info("Ready to mark %s in %s%s", self.seen.instance or "this instance", self.seen.region or "its region", dry)
-        self.tell(now, "READY=1")
+        self.tell(now)
+
+    def start_missing(self, now: float) -> None:
+        hangs = self.order and now > self.order_at + ORDER_TIME
+        if self.marker and (hangs or not self.marker.is_alive()):
+            log.error("The thread that talks to AWS %s: starting another", "hangs" if hangs else "is gone")
+            self.marker.wanted = None
+            self.marked = self.may_be_marked()
+            self.marker, self.order = None, None
+        if not self.marker:
+            self.marker = self.start_marker()
+        super().start_missing(now)
+
+    def may_be_marked(self) -> bool:
+        """Whether a mark of our own stands in the group, or may by the order under way."""
+        return self.marked or bool(self.order) and self.order.status == MARK_UNHEALTHY
 
     def take_verdict(self, now: float) -> None:
         super().take_verdict(now)
-        if not self.marker.is_alive():
-            log.error("The marker is gone: starting it again")
-            self.marker, self.order = self.start_marker(), None
         self.want(now)
+        self.held = self.held and (self.verdict != HEALTHY or self.wanted is not None)
         self.tell(now)
 
     def want(self, now: float) -> None:
-        """Set what the marker is to bring about. When that changes, the calls begin anew, at once."""
+        """Set what is to be brought about. When that changes, the calls begin anew, at once."""
         wanted = wanted_mark(self.verdict, self.marked, self.config.recovery)
-        self.marker.wanted = wanted
         if wanted != self.wanted:
             self.wanted, self.calls, self.hold, self.call_at = wanted, 0, "", now
-            if wanted == MARK_UNHEALTHY and self.config.max_unhealthy is not None and not self.marker.dry_run:
-                self.call_at = now + look_delay(self.config.frequency, random.random())
+            if wanted == MARK_UNHEALTHY and self.config.max_unhealthy is not None and not self.dry_run:
+                self.call_at += look_delay(self.config.frequency, random.random())
 
-    def order_at(self) -> float:
-        """When the next order is due, if anything is wanted."""
-        return max(self.call_at, self.hold_until) if self.wanted == MARK_UNHEALTHY else self.call_at
+    def give_order(self, now: float) -> None:
+        look = self.wanted == MARK_UNHEALTHY and (self.held or now < self.resumed_until)
+        order = Order(self.wanted, self.seen, self.config.max_unhealthy, look)
+        self.cause, self.order_at = self.evidence(), now
+        self.marker.orders.put(order)
+        self.order = order
+        self.tell(now)
 
     def receive_outcome(self, outcome: Outcome, now: float) -> None:
+        """Take in what came of the order, and say when the next is due."""
         status, kind = outcome.order.status, outcome.kind
+        if outcome.order is not self.order:
+            return  # of a marker that was given up
         self.order, self.seen = None, outcome.seen
         if outcome.acted:
-            self.marked = status == MARK_UNHEALTHY or kind != CALLED
-        delay = 0.0
-        if kind in (CALLED, FAILED):
-            delay = call_backoff(self.calls + 1, self.config.frequency, random.random())
-        elif kind == HELD:
-            delay = self.next_verdict - now
-        elif kind == CROWDED:
-            delay = look_delay(self.config.frequency, random.random())
-        elif kind == RESUMED:
-            delay = self.config.graceperiod
-            self.hold_until = now + delay
+            self.marked = not (status == MARK_HEALTHY and kind == CALLED)
+        if not lifecycle_permits(self.seen.lifecycle):
+            self.held = True
+        elif self.held:
+            self.held, self.resumed_until = False, now + self.config.graceperiod
+        calls = self.calls + 1 if status == self.wanted else 1
+        delay = {
+            CALLED: call_backoff(calls, self.config.frequency, random.random()),
+            FAILED: call_backoff(calls, self.config.frequency, random.random()),
+            CROWDED: look_delay(self.config.frequency, random.random()),
+            HELD: self.next_verdict - now,
+            LOOKED: min(self.next_verdict, max(self.resumed_until, now)) - now,
+            WITHDRAWN: max(0.0, self.call_at - now),
+        }[kind]
         self.log_outcome(outcome, delay)
         if status == self.wanted:
-            self.calls += kind in (CALLED, FAILED)
             self.call_at = now + delay
+            if kind in (CALLED, FAILED):
+                self.calls, self.hold = calls, ""
         self.want(now)
+        self.tell(now)
 
     def log_outcome(self, outcome: Outcome, delay: float) -> None:
         status, who = outcome.order.status, self.seen.instance or "this instance"
-        if outcome.kind == CALLED and self.marker.dry_run:
+        if outcome.kind in (CALLED, FAILED):
+            self.last_call = {"status": status, "result": outcome.kind, "text": outcome.text, "time": round(time.time())}
+        again = f", again in {delay:.0f}s" if status == self.wanted else ""
+        if outcome.kind == CALLED and self.dry_run:
             limit = "" if self.config.max_unhealthy is None else " (max_unhealthy is not evaluated)"
             log.warning("Dry run: would have marked %s as %s%s: %s", who, status, limit, self.cause)
         elif outcome.kind == CALLED:
             level = logging.WARNING if status == MARK_UNHEALTHY else logging.INFO
             log.log(level, "Marked Instance as %s: %s: %s", status, who, self.cause)
         elif outcome.kind == FAILED:
-            log.error("Could not mark %s as %s: %s; trying again in %.0fs", who, status, outcome.text, delay)
-        elif outcome.text != self.hold:
-            log.log(outcome.level, "Not marking %s as %s now: %s; looking again in %.0fs", who, status, outcome.text, delay)
-        self.hold = "" if outcome.kind in (CALLED, FAILED) else outcome.text
-        self.last_call = {"status": status, "result": outcome.kind, "text": outcome.text, "time": round(time.time())}
+            log.error("Could not mark %s as %s%s: %s", who, status, again, outcome.text)
+        elif outcome.kind == WITHDRAWN:
+            log.info("Did not mark %s as %s: no longer wanted", who, status)
+        elif status == self.wanted and re.sub("[0-9]", "", outcome.text) != re.sub("[0-9]", "", self.hold):
+            self.hold = outcome.text
+            log.log(outcome.level, "Not marking %s as %s now, looking%s: %s", who, status, again.lstrip(","), outcome.text)
 
     def reload(self, now: float) -> None:
         """Read the configuration again; a check that is equal after defaults keeps its loop and health."""
@@ -1484,22 +1672,27 @@ class Daemon(Watcher):
                     self.watches[name] = watch
                 elif watch.loop:
                     watch.loop.cancel()
-            tls_context.cache_clear()  # certificates of authorities may be new as well
+            for warning in self.config.warnings:
+                log.warning("%s", warning)
             log.info("Configuration reloaded: %s", ", ".join(self.watches))
             self.next_verdict = now
-        self.tell(now, "READY=1")
+        self.tell(now)
 
     def stuck(self, now: float) -> bool:
-        """Whether a check loop is missing, or neither probes nor waits: systemd is to start us again."""
+        """Whether a thread is missing, or a check loop neither probes nor waits: then systemd is to restart us."""
         loops = [watch.loop for watch in self.watches.values()]
-        return any(not x or not x.is_alive() or not x.probing and now > x.due + LATE for x in loops)
+        late = [loop for loop in loops if not loop or not loop.is_alive() or not loop.probing and now > loop.due + LATE]
+        return bool(late) or not self.marker
 
-    def tell(self, now: float, *also: str) -> None:
+    def tell(self, now: float) -> None:
         """Say how things stand: to systemd in one line, and in status.json."""
-        self.systemd.notify("STATUS=" + self.headline(now), *also)
+        headline = self.headline(now)
+        self.systemd.notify("STATUS=" + headline)
+        if self.ready:
+            self.systemd.notify("READY=1")  # more than once does no harm, and one may be lost
         if self.directory:
             try:
-                write_status(self.directory, self.as_dict(now))
+                write_status(self.directory, self.as_dict(now, headline))
                 self.untold = ""
             except OSError as error:
                 if str(error) != self.untold:
@@ -1509,31 +1702,26 @@ class Daemon(Watcher):
     def headline(self, now: float) -> str:
         if now < self.grace_end:
             return f"grace period, probing starts in {self.grace_end - now:.0f}s: {', '.join(self.watches)}"
-        if self.hold:
-            return f"{self.verdict}, not marking now ({self.hold}): {self.evidence()}"
-        if self.wanted:
-            return f"{self.verdict}, marking the instance as {self.wanted} (calls so far: {self.calls}): {self.evidence()}"
-        return f"{self.verdict}: {self.evidence()}"
+        doing = f", not marking now ({self.hold})" if self.hold else ""
+        if self.wanted and not self.hold:
+            doing = f", marking the instance as {self.wanted} (calls so far: {self.calls})"
+        return f"{self.verdict}{doing}: {self.evidence()}"
 
-    def as_dict(self, now: float) -> dict:
-        """What status.json says; `ago` and `written` in seconds, of the monotonic clock."""
+    def as_dict(self, now: float, headline: str) -> dict:
+        """What status.json says; `written` is of the monotonic clock."""
         return {
             "version": __version__,
             "instance": self.seen.instance,
-            "phase": "grace" if now < self.grace_end else self.phase,
+            "phase": "grace" if now < self.grace_end else "watching",
+            "ready": self.ready,
             "verdict": self.verdict,
             "wanted": self.wanted,
-            "headline": self.headline(now),
+            "marked": self.may_be_marked(),
+            "headline": headline,
             "last_call": self.last_call,
             "written": now,
             "checks": {
-                name: {
-                    "state": watch.health.state,
-                    "passed": watch.health.passed,
-                    "streak": watch.health.streak,
-                    "threshold": watch.check.threshold,
-                    "reason": watch.reason,
-                }
+                name: {**vars(watch.health), "threshold": watch.check.threshold, "reason": watch.reason}
                 for name, watch in self.watches.items()
             },
         }
@@ -1545,10 +1733,13 @@ class Gate(Watcher):
     def __init__(self, config, inbox, now, grace, start_loop, exit_early):
         super().__init__(config, inbox, now, grace, now, start_loop)
         self.exit_early = exit_early  # with 0, as soon as every check is healthy
+        self.keep_threads(now)
 
     def step(self, now: float) -> float:
         wake = super().step(now)
-        verdict = verdict_of(watch.health.state for watch in self.watches.values())
+        if self.status is not None:
+            return now
+        verdict = self.current_verdict()
         complete = all(watch.results >= watch.check.threshold for watch in self.watches.values())
         if verdict == HEALTHY and self.exit_early or now >= self.grace_end and complete:
             self.status = 0 if verdict == HEALTHY else 1
@@ -1599,26 +1790,30 @@ def parse_command_line(arguments) -> dict:
     """The value of every option; UsageError for the first mistake."""
     options = {name: default for name, (_, default, _) in OPTIONS.items()}
     arguments = list(arguments)
-    while arguments:
+    while arguments and arguments != ["--"]:
         argument = arguments.pop(0)
-        match = re.match("--?([^-=][^=]*)(?:=(.*))?\\Z", argument, re.DOTALL)
+        match = re.fullmatch("--?([^-=][^=]*)(=.*)?", argument, re.DOTALL)
         if not match:
             raise UsageError(f"unexpected {shown(argument)}: options begin with a dash, and true or false follow a =")
-        name, value = "help" if match[1] == "h" else match[1], match[2]
+        name, value = "help" if match[1] == "h" else match[1], match[2] and match[2][1:]
         if name not in OPTIONS:
             raise UsageError(f"unknown option {shown(argument)}: {nearest(name, OPTIONS)}")
         if OPTIONS[name][0]:
-            if value is None and not arguments:
+            options[name] = value if value is not None or not arguments else arguments.pop(0)
+            if not options[name]:
                 raise UsageError(f"-{name} takes a value: write -{name} {OPTIONS[name][0]}")
-            options[name] = arguments.pop(0) if value is None else value
         elif value in (None, "1", "t", "T", "true", "TRUE", "True"):
             options[name] = True
         elif value in ("0", "f", "F", "false", "FALSE", "False"):
             options[name] = False
         else:
             raise UsageError(f"-{name}={shown(value)}: write -{name}=true or -{name}=false")
-    if not re.match(r"[+-]?[0-9]{1,18}\Z", options["launchtime"]):
-        raise UsageError(f"-launchtime {shown(options['launchtime'])}: write seconds since 1970, like $(date +%s)")
+        if options["help"]:
+            break
+    try:
+        options["launchtime"] = int(options["launchtime"], 0)
+    except ValueError:
+        raise UsageError(f"-launchtime {shown(options['launchtime'])}: write seconds since 1970, like $(date +%s)") from None
     return options
 
 
@@ -1634,20 +1829,19 @@ def usage() -> str:
 
 def load_config(path: str) -> Config:
     """The configuration in a file, or of standard input for "-"; ConfigError if it cannot be used."""
-    source = "<stdin>" if path == "-" else path
+    source = "<stdin>" if path == "-" else printable(path)
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             content = file.read(LARGEST_FILE + 1)
     except (OSError, ValueError) as error:
-        problem = f"cannot be read ({getattr(error, 'strerror', None) or error}): write it, or name another with -healthcheckfile"
-        raise ConfigError(problem, None, source) from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot be read ({reason}): write it, or name another with -healthcheckfile", None, source) from None
     if len(content) > LARGEST_FILE:
         raise ConfigError("larger than 1 MiB: this is no configuration", 1, source)
     try:
         return Config.from_text(content.decode("utf-8"), source)
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ConfigError("not UTF-8: save the file in that encoding", line, source) from None
+        raise ConfigError("not UTF-8: save the file so", content[: error.start].count(b"\n") + 1, source) from None
 
 
 def main(argv=None) -> int:
@@ -1655,43 +1849,53 @@ def main(argv=None) -> int:
     try:
         options = parse_command_line(sys.argv[1:] if argv is None else argv)
         if options["help"]:
-            print(usage(), flush=True)
-            return 0
+            return say(usage())
         if options["version"]:
-            print(PROGRAM, __version__, flush=True)
-            return 0
+            return say(f"{PROGRAM} {__version__}")
         config = load_config(options["healthcheckfile"])
         if options["testconfig"]:
-            print(*config.warnings, sep="\n", end="\n" * bool(config.warnings), file=sys.stderr, flush=True)
-            print(json.dumps(config.as_dict(), indent=2), flush=True)
-            return 0
+            for warning in config.warnings:
+                say(warning, sys.stderr)
+            return say(json.dumps(config.as_dict(), indent=2))
         return run(options, config)
     except UsageError as error:
-        return _refuse(f"{PROGRAM}: {error}; -h lists the options")
+        say(f"{PROGRAM}: {error}; -h lists the options", sys.stderr)
     except ConfigError as error:
-        return _refuse(str(error))
+        say(str(error), sys.stderr)
     except Exception as fault:
-        return _refuse(f"{PROGRAM}: {type(fault).__name__}: {fault}", 1)
+        say(f"{PROGRAM}: {printable(f'{type(fault).__name__}: {fault}')}", sys.stderr)
+        return 1
+    return 2
 
 
-def _refuse(line: str, status: int = 2) -> int:
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
-    return status
+def say(text: str, stream=None) -> int:
+    """Print, where there is something to print on; returns the exit status for that."""
+    try:
+        print(text, file=stream or sys.stdout, flush=True)
+    except OSError:
+        return 1
+    return 0
 
 
 def run(options: dict, config: Config) -> int:
     """Be the daemon, or the gate, until it is time to end; returns the exit status."""
     now = time.monotonic()
-    launched = int(options["launchtime"])
+    launched = options["launchtime"]
     grace = grace_left(config.graceperiod, None if launched < 0 else time.time() - launched)
     inbox = Inbox()
     foreground, dry_run, path = options["foreground"], options["dry-run"], options["healthcheckfile"]
     for number in (signal.SIGTERM, signal.SIGINT) if foreground else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: inbox.put(signal.Signals(number)))
-    systemd = Systemd()
+    inbox.wake_on_signals()
     bypass_proxy_for_metadata()
-    rehearsals = [] if foreground or dry_run else [Rehearsal(config)]  # before the first thread
+    rehearsal = None
+    if dry_run and not foreground:
+        inbox.put(Rehearsed("", (), Seen()))
+    elif not foreground:
+        try:
+            rehearsal = Rehearsal(config)  # before the first thread
+        except OSError as error:
+            inbox.put(Rehearsed("", (f"No rehearsal of a mark, no process can be started: {error.strerror}",), Seen()))
     finish = start_logging(options["verbose"])
     threading.excepthook = lambda fault: log.error("A thread of this program ended: %s", printable(repr(fault.exc_value)))
     sys.unraisablehook = lambda fault: None
@@ -1702,26 +1906,43 @@ def run(options: dict, config: Config) -> int:
         return loop
 
     def start_marker():
-        marker = Marker(inbox, dry_run, rehearsals.pop() if rehearsals else None)
+        marker = Marker(inbox, dry_run)
         marker.start()
         return marker
+
+    def read_config():
+        if not os.path.isfile(path):  # a pipe would keep the main thread waiting
+            raise ConfigError("is not a file any more: write it", None, path)
+        return load_config(path)
 
     for warning in config.warnings:
         log.warning("%s", warning)
     checks = ", ".join(f"{check.name} ({check.endpoint})" for check in config.checks)
     log.info("%s %s watches %s; grace period: %gs", PROGRAM, __version__, checks, grace)
     try:
+        if rehearsal:
+            threading.Thread(target=lambda: inbox.put(rehearsal.outcome()), daemon=True).start()
         if foreground:
             return Gate(config, inbox, now, grace, start_loop, options["fg-exit-early-if-healthy"]).run()
-        if dry_run:
-            inbox.put(Rehearsed("", (), Seen()))
-        read_config = None if path == "-" else lambda: load_config(path)
         directory = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
-        return Daemon(config, inbox, now, grace, start_loop, start_marker, read_config, systemd, directory).run()
+        return Daemon(
+            config, inbox, now, grace, start_loop, start_marker, dry_run,
+            read_config=None if path == "-" else read_config, directory=directory,
+            marked=bool(directory and read_status(directory).get("marked")),
+        ).run()  # fmt: skip
     finally:
+        if rehearsal:
+            rehearsal.kill()
         finish()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no KeyboardInterrupt, anywhere
+    for number in range(3):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # a closed standard descriptor is not to become a socket of ours
+    sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
     # Not sys.exit(): a thread that hangs in the resolver or in a write must not be waited for.
     os._exit(main())
