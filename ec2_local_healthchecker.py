@@ -22,14 +22,18 @@ one talks to AWS, one writes the log; the first two hand the main thread message
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no KeyboardInterrupt, anywhere
+
 import collections
 import contextlib
 import errno
+import importlib
 import io
 import itertools
 import json
-import logging
-import logging.handlers
 import math
 import os
 import queue
@@ -37,14 +41,46 @@ import random
 import re
 import select
 import selectors
-import signal
 import socket
 import struct
 import sys
 import threading
 import time
 import types
-from dataclasses import dataclass, replace
+
+
+# The next two save 7 MB of the 25 that the daemon would take on Python 3.11 (.ci/bench): the standard library imports
+# much that is not used here.
+
+
+class Later(types.ModuleType):
+    """Stands for a module in the one that imports it, until something of it is used."""
+
+    def __getattr__(self, name):
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]  # it is needed at once
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+@contextlib.contextmanager
+def later(*names: str):
+    """Have what is imported here import these modules only once it uses them; everybody else, as always.
+
+    For the main thread, while there is no other that imports.
+    """
+    names = tuple(name for name in names if name not in sys.modules)
+    sys.modules.update({name: Later(name) for name in names})
+    try:
+        yield
+    finally:
+        for name in names:
+            if isinstance(sys.modules.get(name), Later):
+                del sys.modules[name]
+
+
+with later("inspect", "pickle", "traceback"):  # 1.6 MB on Python 3.11; what is done here does not use them
+    import logging.handlers
+    from dataclasses import dataclass, replace
 
 __version__ = "1.0.0"
 
@@ -96,26 +132,31 @@ def lifecycle_permits(state: str | None) -> bool:
     return state in (None, IN_SERVICE)
 
 
-def within_limit(percent: int, desired: int, weight: int, others) -> bool:
-    """Whether the group can spare this instance.
+def chance_to_go(percent: int, desired: int, weight: int, others) -> float:
+    """By what chance this instance may be marked now: 0 if the group cannot spare it.
 
-    `others` are the (weight, lifecycle state, health status) of the group's other instances. What they
-    do not serve of the desired capacity is out; it may come to `percent` of that capacity, rounded
-    down, and always to the `weight` of this instance alone.
+    `others` are the (weight, lifecycle state, health status) of the group's other instances. What they do not
+    serve of the desired capacity is out; that may come to `percent` of the capacity, rounded down, and always to
+    the `weight` of this instance. If it is alone, it goes. If not, what the API answers may be some seconds old,
+    and many that look at about the same time see the same room: so each goes by such a chance that a group which
+    fails as a whole, its looks spread over the look window, fills the room in 1/7.5 of that window (4 s of 30).
     """
     serving = sum(w for w, state, health in others if state == IN_SERVICE and health.lower() == MARK_HEALTHY.lower())
-    return desired - serving <= max(desired * percent // 100, weight)
+    out, limit = desired - serving, max(desired * percent // 100, weight)
+    if out <= weight:
+        return 1.0
+    return min(1.0, 7.5 * (limit - out + weight) / desired) if out <= limit else 0.0
+
+
+def look_window(frequency: float) -> float:
+    """Seconds over which the looks of a failing group are spread."""
+    return max(frequency, 30.0)
 
 
 def call_backoff(calls: int, frequency: float, dice: float) -> float:
     """Seconds until the next call after `calls` of them: one frequency, doubling to 5 minutes, ±20 %."""
     longest = max(300.0, frequency)
     return min(frequency * 2.0 ** min(calls - 1, 40), longest) * (0.8 + 0.4 * dice)
-
-
-def look_delay(frequency: float, dice: float) -> float:
-    """Seconds to wait before looking at the group, so that a failing fleet does not look all at once."""
-    return max(frequency, 30.0) * dice
 
 
 def grace_left(graceperiod: float, age: float | None) -> float:
@@ -148,6 +189,11 @@ class ConfigError(ValueError):
 def shown(text: str) -> str:
     """`text` quoted for a message: on one line, and not too much of it."""
     return ascii(text if len(text) <= 60 else text[:60] + "...")
+
+
+def printable(text: str) -> str:
+    """`text` on one line of at most 200 characters: what a server sent never shapes the log."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])[:200]
 
 
 NANOSECONDS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6}  # µ is U+00B5, μ is U+03BC
@@ -304,8 +350,10 @@ def parse_json(text: str):
 
 # ---- Configuration -----------------------------------------------------------------------------
 # Every key with its reader, default and advice, and all validation: a configuration that loads will run.
-# Nothing is opened, resolved or connected to here.
+# Nothing is resolved or connected to here, and nothing opened but the file itself.
 
+DEFAULT_FILE = "/etc/sysconfig/ec2-local-healthchecker.yml"
+LARGEST_FILE = 2**20  # bytes; a configuration has a few hundred
 DEFAULT_PORTS = {"http": 80, "https": 443}
 HOST = r"(?:[\w-]{1,63}\.)*[\w-]{1,63}"
 ENDPOINT = re.compile(
@@ -545,6 +593,26 @@ def _read_check(name: str, data, frequency: float, lines: dict, warnings: list) 
     return Check(**{**values, "name": name, "frequency": values["frequency"] or frequency})
 
 
+def load_config(path: str) -> Config:
+    """The configuration in a file, or of standard input for "-"; ConfigError if it cannot be used."""
+    source = "<stdin>" if path == "-" else printable(path)
+    try:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            content = file.read(LARGEST_FILE + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        advice = "write it, or name another with -healthcheckfile"
+        if isinstance(error, PermissionError):
+            advice = "the service is a user of its own, make file and folders readable for all"
+        raise ConfigError(f"cannot be read ({reason}): {advice}", None, source) from None
+    if len(content) > LARGEST_FILE:
+        raise ConfigError("larger than 1 MiB: this is no configuration", 1, source)
+    try:
+        return Config.from_text(content.decode("utf-8"), source)
+    except UnicodeDecodeError as error:
+        raise ConfigError("not UTF-8: save the file so", content[: error.start].count(b"\n") + 1, source) from None
+
+
 # ---- Probes ------------------------------------------------------------------------------------
 # One attempt each: return, or raise ProbeFailure for what the service did, and anything else for what
 # went wrong in this program. One deadline bounds all of it. Nothing is counted or remembered here.
@@ -559,11 +627,6 @@ class ProbeFailure(Exception):
     def __init__(self, reason: str):
         self.reason = printable(reason)
         super().__init__(self.reason)
-
-
-def printable(text: str) -> str:
-    """`text` on one line of at most 200 characters: what a server sent never shapes the log."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:200])[:200]
 
 
 class Deadline:
@@ -689,28 +752,33 @@ def probe_http(check: Check, tls: Tls | None = None) -> None:
 
     `tls` is the check's, kept from one attempt to the next.
     """
-    from urllib.parse import urljoin
-
     tls = tls or Tls(check)
-    tls.prepare()
     deadline = Deadline(check.timeout)
-    endpoint = check.endpoint
+    endpoint, headers = check.endpoint, check.headers
     for _ in range(MAX_REDIRECTS + 1):
-        same_origin = (endpoint.scheme, endpoint.authority) == (check.endpoint.scheme, check.endpoint.authority)
-        # The configured headers may hold a secret: another origin (RFC 6454) does not get them.
-        with exchange("GET", endpoint, check.headers if same_origin else (), deadline, tls) as response:
-            status, location = response.status, (response.headers.get_all("Location") or [""])[0].strip(" \t")
+        with exchange("GET", endpoint, headers, deadline, tls) as response:
+            status = response.status
         if any(low <= status <= high for low, high in check.status):
             return
+        location = (response.headers.get_all("Location") or [""])[0].strip(" \t")
         if status not in REDIRECTS or not location:
             raise ProbeFailure(f"HTTP status {status} {response.reason}")
-        try:
-            # http.client reads headers as Latin-1: what is not ASCII there are bytes, to be percent-encoded.
-            location = re.sub("[^!-~]", lambda char: f"%{ord(char[0]):02X}", location)
-            endpoint = Endpoint.from_text(urljoin(str(endpoint), location), DEFAULT_PORTS)
-        except ValueError:
-            raise ProbeFailure(f"redirected to {shown(location)}, which is no http or https URL") from None
+        endpoint = _redirected(endpoint, location)
+        # The configured headers may hold a secret: another origin (RFC 6454) does not get them.
+        same_origin = (endpoint.scheme, endpoint.authority) == (check.endpoint.scheme, check.endpoint.authority)
+        headers = check.headers if same_origin else ()
     raise ProbeFailure(f"more than {MAX_REDIRECTS} redirects")
+
+
+def _redirected(endpoint: Endpoint, location: str) -> Endpoint:
+    from urllib.parse import urljoin
+
+    try:
+        # http.client reads headers as Latin-1: what is not ASCII there are bytes, to be percent-encoded.
+        location = re.sub("[^!-~]", lambda char: f"%{ord(char[0]):02X}", location)
+        return Endpoint.from_text(urljoin(str(endpoint), location), DEFAULT_PORTS)
+    except ValueError:
+        raise ProbeFailure(f"redirected to {shown(location)}, which is no http or https URL") from None
 
 
 @contextlib.contextmanager
@@ -722,36 +790,36 @@ def exchange(method: str, endpoint: Endpoint, headers, deadline: Deadline, tls: 
     import http.client
 
     context = tls.make() if endpoint.scheme == "https" else None
-    with contextlib.ExitStack() as stack:
-        try:
-            sock = stack.enter_context(connect(endpoint.host, endpoint.port, deadline))
-            if context:
-                sock.settimeout(deadline.left("in the TLS handshake"))
-                # As bytes, for the sake of the IDNA codec again; and no certificate has the final dot.
-                name = endpoint.host.rstrip(".").encode("ascii")
-                sock = stack.enter_context(context.wrap_socket(sock, server_hostname=name))
-            connection = http.client.HTTPConnection(endpoint.host, endpoint.port)
-            connection.default_port = DEFAULT_PORTS[endpoint.scheme]  # the one that Host leaves out
-            connection.sock = sock
-            given = {name.lower() for name, _ in headers}
-            own = {"User-Agent": f"{PROGRAM}/{__version__}", "Connection": "close"}
-            fields = {name: value for name, value in own.items() if name.lower() not in given}
-            sock.settimeout(deadline.left("sending the request"))
-            connection.request(method, endpoint.path, headers={**fields, **dict(headers)})
-            reader = DeadlineReader(sock, deadline)
-            source = types.SimpleNamespace(makefile=lambda mode: io.BufferedReader(reader))
-            response = stack.enter_context(http.client.HTTPResponse(source, method=method))
+    sock = connect(endpoint.host, endpoint.port, deadline)
+    try:
+        if context:
+            sock.settimeout(deadline.left("in the TLS handshake"))
+            # As bytes, for the sake of the IDNA codec again; and no certificate has the final dot.
+            sock = context.wrap_socket(sock, server_hostname=endpoint.host.rstrip(".").encode("ascii"))
+        connection = http.client.HTTPConnection(endpoint.host, endpoint.port)
+        connection.default_port = DEFAULT_PORTS[endpoint.scheme]  # the one that Host leaves out
+        connection.sock = sock
+        given = {name.lower() for name, _ in headers}
+        own = {"User-Agent": f"{PROGRAM}/{__version__}", "Connection": "close"}
+        fields = {name: value for name, value in own.items() if name.lower() not in given}
+        sock.settimeout(deadline.left("sending the request"))
+        connection.request(method, endpoint.path, headers={**fields, **dict(headers)})
+        reader = DeadlineReader(sock, deadline)
+        source = types.SimpleNamespace(makefile=lambda mode: io.BufferedReader(reader))
+        response = http.client.HTTPResponse(source, method=method)
+        _read_head(response)
+        while response.status < 200 and response.status != 101:
+            response.headers = None  # that was an interim response (RFC 9110, 15.2): begin anew
             _read_head(response)
-            while response.status < 200 and response.status != 101:
-                response.headers = None  # that was an interim response (RFC 9110, 15.2): begin anew
-                _read_head(response)
-            if reader.ended:
-                raise http.client.HTTPException("the connection ended within the head of the response")
-            yield response
-        except socket.timeout:
-            raise deadline.missed() from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise (tls.failure if tls else service_failure)(error) from None
+        if reader.ended:
+            raise http.client.HTTPException("the connection ended within the head of the response")
+        yield response
+    except socket.timeout:
+        raise deadline.missed() from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise (tls.failure if tls else service_failure)(error) from None
+    finally:
+        sock.close()
 
 
 def _read_head(response) -> None:
@@ -851,6 +919,12 @@ class Seen:
     def region(self) -> str:
         return os.environ.get("AWS_REGION") or self.placement
 
+    @property
+    def mistaken(self) -> str:
+        """Why this instance is not the one to mark, if so: an image was baked with a stranger's id."""
+        told = f"INSTANCE_ID is {self.instance}, but metadata says {self.id}: remove the variable"
+        return told if self.id and self.id != self.instance else ""
+
 
 def read_metadata(before: Seen):
     """What instance metadata says now, by IMDSv2, and why not all of it: (Seen, reason).
@@ -912,7 +986,7 @@ def forgetting_boto3():
     try:
         yield
     except BaseException as error:
-        if boto3_is_broken(error) or isinstance(error, MemoryError):
+        if boto3_is_broken(error) or isinstance(error, (MemoryError, SystemError)):
             for name in [name for name in sys.modules if name not in before or name.partition(".")[0] in BOTO3_PACKAGES]:
                 sys.modules.pop(name, None)
         raise
@@ -920,26 +994,30 @@ def forgetting_boto3():
 
 def boto3_is_broken(error: BaseException) -> bool:
     """Whether an error comes from a missing or damaged boto3, and not from what it was asked to do."""
-    damage = (ImportError, AttributeError, NameError, SyntaxError, SystemError, SystemExit, UnicodeDecodeError)
-    return isinstance(error, damage) or bool(re.search("DataNotFound|UnknownService", type(error).__name__))
+    damaged = isinstance(error, (ImportError, AttributeError, NameError))
+    return damaged or bool(re.search("DataNotFound|UnknownService", type(error).__name__))
 
 
 def boto3_session():
     """A new boto3 session: one that was made while credentials were missing never finds any."""
-    import importlib
     import warnings
 
     warnings.simplefilter("ignore")  # boto3's remarks on old Pythons are not for this log
     importlib.invalidate_caches()
     with forgetting_boto3():
-        import encodings.idna  # noqa: F401  # and the four: what a call would load, while it cannot be forgotten
+        try:
+            import encodings.idna  # noqa: F401  # and the four: what a call would load, where it would not be forgotten
 
-        import boto3.session
-        import botocore.auth  # noqa: F401
-        import botocore.httpsession  # noqa: F401
-        import botocore.parsers  # noqa: F401
-        import botocore.retries.standard  # noqa: F401
-        import botocore.session
+            import boto3.session
+            import botocore.auth  # noqa: F401
+            import botocore.httpsession  # noqa: F401
+            import botocore.parsers  # noqa: F401
+            import botocore.retries.standard  # noqa: F401
+            import botocore.session
+        except (ImportError, MemoryError, SystemError):
+            raise
+        except BaseException as error:
+            raise ImportError(f"{type(error).__name__}: {error}") from error
 
         core = botocore.session.Session()
         core.set_config_variable("metadata_service_num_attempts", METADATA_ATTEMPTS)
@@ -958,6 +1036,14 @@ def autoscaling_client(session, region: str):
         return session.client("autoscaling", region_name=region, endpoint_url=endpoint, config=config)
 
 
+class NotInGroup(LookupError):
+    """The instance is in no Auto Scaling group."""
+
+
+class NoCredentials(LookupError):
+    """There are none in the environment or in instance metadata."""
+
+
 def describe_group(client, instance: str):
     """The (desired capacity, weight of `instance`, others) of its group, as within_limit takes them."""
     groups = client.describe_auto_scaling_instances(InstanceIds=[instance])["AutoScalingInstances"]
@@ -966,7 +1052,7 @@ def describe_group(client, instance: str):
     pages = pages.paginate(AutoScalingGroupNames=names) if names else []
     groups = [group for page in pages for group in page["AutoScalingGroups"]]
     if not groups:
-        raise LookupError(f"{instance} is in no Auto Scaling group")
+        raise NotInGroup(f"{instance} is in no Auto Scaling group")
     rows = {
         row["InstanceId"]: (int(row.get("WeightedCapacity") or 1), row["LifecycleState"], row["HealthStatus"])
         for row in groups[0]["Instances"]
@@ -977,7 +1063,7 @@ def describe_group(client, instance: str):
 
 ADVICE = (  # the first pattern that "code: text" of an error begins with says what the operator can do
     (".*grace period", "a group refuses marks within its health check grace period"),
-    (".*(No managed instance|in no Auto)", "attach the instance to a group, or stop this service"),
+    (".*No managed instance|NotInGroup", "attach the instance to a group, or stop this service"),
     ("AccessDenied|Unauthorized", "allow autoscaling:{call} in the policy of the instance's role"),
     ("NoCred|Partial|Credential|MetadataRetrieval", "give the instance a profile whose role allows autoscaling:{call}"),
     (".*Expired|Signature|InvalidSig|InvalidClient|AuthFailure|.*expired", "look at the clock, then at the credentials"),
@@ -1059,13 +1145,14 @@ def rehearse(config: Config):
     """Try all that marking takes, but the call; the fields of Rehearsed, as JSON takes them."""
     seen, unread = read_metadata(Seen())
     warnings = [f"Instance metadata cannot be read: {unread} -- enable IMDSv2 for this instance"] if unread else []
+    warnings += [seen.mistaken] if seen.mistaken else []
     call = "SetInstanceHealth"
     try:
         session = boto3_session()
         client = autoscaling_client(session, seen.region or "us-east-1")
         credentials = session.get_credentials()
         if not credentials:
-            raise LookupError("Credentials are neither in the environment nor in instance metadata")
+            raise NoCredentials("none in the environment, none in instance metadata")
         credentials.get_frozen_credentials()
         if config.max_unhealthy is not None and seen.instance:
             call = "DescribeAutoScaling*"
@@ -1078,7 +1165,7 @@ def rehearse(config: Config):
 
 
 # ---- Telling -----------------------------------------------------------------------------------
-# The log, systemd, and status.json: how the main thread speaks. Nothing here decides, and nothing here
+# The log, systemd, status.json and the terminal: how the program speaks. Nothing here decides, or
 # makes it wait: what nobody takes is lost.
 
 LOG_QUEUE = 1000  # lines that may wait for the writer
@@ -1137,11 +1224,23 @@ class Systemd:
         self.address = re.sub("^@", "\0", os.environ.pop("NOTIFY_SOCKET", ""))
         self.socket = None
         self.watchdog = math.inf  # seconds within which it wants to be fed
+        ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
+        self.keeps_mark = ours and "marked" in os.environ.pop("LISTEN_FDNAMES", "").split(":")
         if self.address:
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self.socket.setblocking(False)
             if os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
                 self.watchdog = int(os.environ.get("WATCHDOG_USEC", 0)) / 1e6 or math.inf
+
+    def keep_mark(self, marked: bool) -> None:
+        """Have systemd know over a restart whether a mark of ours may stand: a descriptor named so, which it
+        keeps and hands to the next process (sd_pid_notify_with_fds(3)), is all that it takes."""
+        if self.socket and marked != self.keeps_mark:
+            with contextlib.suppress(OSError), open(os.devnull) as null:
+                descriptors = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", null.fileno()))] * marked
+                message = b"FDSTORE=1\nFDNAME=marked" if marked else b"FDSTOREREMOVE=1\nFDNAME=marked"
+                self.socket.sendmsg([message], descriptors, 0, self.address)
+                self.keeps_mark = marked
 
     def notify(self, *lines: str) -> None:
         """Send one message; it is cut, for systemd ignores all of one of more than 4096 bytes."""
@@ -1155,7 +1254,7 @@ def read_status(directory: str) -> dict:
     try:
         with open(os.path.join(directory, "status.json")) as file:
             return dict(json.load(file))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -1166,6 +1265,17 @@ def write_status(directory: str, status: dict) -> None:
         os.fchmod(file.fileno(), 0o644)  # readable by all, whatever the umask
         json.dump(status, file)
     os.replace(path + ".new", path)
+
+
+def say(text: str, stream=None) -> int:
+    """Print, where there is something to print on; returns the exit status for that."""
+    try:
+        stream = stream or sys.stdout
+        encoding = stream.encoding or "ascii"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except OSError:
+        return 1
+    return 0
 
 
 # ---- Check loops -------------------------------------------------------------------------------
@@ -1188,7 +1298,14 @@ class Inbox:
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
 
     def put(self, item) -> None:
+        self.put_quietly(item)
+        self.wake()
+
+    def put_quietly(self, item) -> None:
+        """Hand over what may wait until something else ends the wait."""
         self._items.append(item)
+
+    def wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # so many wake-ups are as good as one more
             self._waker.send(b"\0")
 
@@ -1219,7 +1336,7 @@ class Result:
 class CheckLoop(threading.Timer):
     """A Timer that goes off again and again: probes one check at a fixed rate, first when it is `due`.
 
-    `due` and `probing` are its own to write and the main thread's to read.
+    `due` and `probing` are its own to write and the main thread's to read; `awaited` is the other way round.
     """
 
     def __init__(self, check: Check, inbox: Inbox, due: float):
@@ -1230,6 +1347,7 @@ class CheckLoop(threading.Timer):
         self.inbox = inbox
         self.due = due  # when the next probe starts
         self.probing: tuple | None = None  # (number, start) of the probe under way
+        self.awaited = True  # whether a success would be news: if not, it need not wake the main thread
 
     def run(self):
         for number in itertools.count(1):
@@ -1243,7 +1361,9 @@ class CheckLoop(threading.Timer):
             end = time.monotonic()
             self.due = next_due(self.due, self.interval, end)
             self.probing = None
-            self.inbox.put(Result(self, number, passed, reason, end - start))
+            self.inbox.put_quietly(Result(self, number, passed, reason, end - start))
+            if self.awaited or not passed:
+                self.inbox.wake()
 
     def attempt(self, number: int):
         try:
@@ -1324,9 +1444,8 @@ class Marker(threading.Thread):
                 raise Withdrawn
             sent.append(request)
 
-        if seen.id and seen.id != seen.instance:
-            text = f"INSTANCE_ID is {seen.instance}, but metadata says {seen.id}: remove the variable"
-            return outcome(HELD, text, level=logging.ERROR)
+        if seen.mistaken:
+            return outcome(HELD, seen.mistaken, level=logging.ERROR)
         if not lifecycle_permits(seen.lifecycle):
             return outcome(HELD, f"target lifecycle state {seen.lifecycle}")
         if order.look:
@@ -1342,8 +1461,10 @@ class Marker(threading.Thread):
                 group = describe_group(client, seen.instance)
             except Exception as error:
                 return outcome(CROWDED, explain(error, "DescribeAutoScaling*"), level=logging.ERROR)
-            if not within_limit(order.max_unhealthy, *group):
-                return outcome(CROWDED, f"max_unhealthy: more than {order.max_unhealthy}% of the group is out")
+            chance = chance_to_go(order.max_unhealthy, *group)
+            if random.random() >= chance:
+                crowded = "others of the group go first" if chance else f"more than {order.max_unhealthy}% of the group is out"
+                return outcome(CROWDED, f"max_unhealthy: {crowded}")
         # Before every attempt of the call: botocore's retries may come half a minute after the first.
         client.meta.events.register("before-send.auto-scaling.SetInstanceHealth", about_to_send)
         try:
@@ -1372,6 +1493,7 @@ class Watch:
         self.loop = None  # its CheckLoop, once it could be started
         self.health = Health()
         self.reason = ""  # of its last failure
+        self.failed_at = None  # when that was counted
         self.results = 0  # how many have been counted
         self.faulty = False  # whether the last probe was spoiled by a fault of this program
         self.hung = None  # the number of the last probe that was counted as failed because it hung
@@ -1380,7 +1502,9 @@ class Watch:
     def __str__(self):
         streak = f"{'passed' if self.health.passed else 'failed'} {self.health.streak} in a row"
         text = f"{self.check.name} {self.health.state} ({streak}, threshold {self.check.threshold})"
-        return text if self.health.passed else f"{text}: {self.reason}"
+        if self.health.passed and self.health.state != FAILING:
+            return text
+        return f"{text}, last failure: {self.reason}" if self.health.passed else f"{text}: {self.reason}"
 
     def overdue_at(self, probing) -> float:
         """When the probe under way, or the next one, counts as failed if no result has come by then."""
@@ -1454,16 +1578,18 @@ class Watcher:
         name = watch.check.name
         log.debug("Probe of %s %s in %.0f ms", name, result.reason or "passed", result.seconds * 1000)
         if result.passed is not None:
-            self.count(watch, result.passed, result.reason)
+            self.count(watch, now, result.passed, result.reason)
         elif not watch.faulty:
             log.error("A fault of this program, not counted, spoils the probes of %s: %s", name, result.reason)
         watch.faulty = result.passed is None
 
-    def count(self, watch: Watch, passed: bool, reason: str) -> None:
+    def count(self, watch: Watch, now: float, passed: bool, reason: str) -> None:
         """Count one result; log a change of state, and the first failure after a success."""
         before, watch.health = watch.health, watch.health.after(passed, watch.check.threshold)
         watch.results += 1
-        watch.reason = reason or watch.reason
+        watch.loop.awaited = watch.health.state != HEALTHY or not passed or log.isEnabledFor(logging.DEBUG)
+        if not passed:
+            watch.reason, watch.failed_at = reason, now
         if watch.health.state != before.state:
             log.log(logging.INFO if passed else logging.WARNING, "Check %s", watch)
         elif not passed and watch.health.streak == 1:
@@ -1480,7 +1606,7 @@ class Watcher:
             if probing and now >= watch.overdue_at(probing) and watch.loop.is_alive():
                 watch.hung = probing[0]
                 watch.hung_again = now + max(watch.check.frequency, watch.check.timeout)
-                self.count(watch, False, f"no end after {watch.check.timeout:g}s: it hangs, in name resolution most likely")
+                self.count(watch, now, False, f"no end after {watch.check.timeout:g}s: it hangs, in name resolution most likely")
 
     def current_verdict(self) -> str:
         return verdict_of(watch.health.state for watch in self.watches.values())
@@ -1502,7 +1628,7 @@ class Daemon(Watcher):
 
     def __init__(
         self, config, inbox, now, grace, start_loop, start_marker, dry_run=False,
-        read_config=None, systemd=None, directory="", marked=False,
+        read_config=None, systemd=None, directory="",
     ):  # fmt: skip
         super().__init__(config, inbox, now, grace, now + grace, start_loop)
         self.start_marker = start_marker  # () -> a Marker, running
@@ -1510,7 +1636,7 @@ class Daemon(Watcher):
         self.read_config = read_config  # () -> a Config; None: it came from standard input
         self.systemd = systemd or Systemd()
         self.directory = directory  # where status.json goes, if anywhere
-        self.marked = marked  # whether a mark of our own may stand in the group
+        self.marked = self.systemd.keeps_mark  # whether a mark of our own may stand in the group
         self.marker = None  # while it cannot be started
         self.ready = False  # whether the rehearsal is over
         self.seen = Seen()  # what metadata last said
@@ -1560,6 +1686,7 @@ class Daemon(Watcher):
     def receive_rehearsed(self, rehearsed: Rehearsed, now: float) -> None:
         if rehearsed.fatal:
             log.error("This daemon could never mark: %s", rehearsed.fatal)
+            self.systemd.notify(f"STATUS=could never mark: {rehearsed.fatal}")
             self.status = 1
             return
         for warning in rehearsed.warnings:
@@ -1583,7 +1710,8 @@ class Daemon(Watcher):
 
     def may_be_marked(self) -> bool:
         """Whether a mark of our own stands in the group, or may by the order under way."""
-        return self.marked or bool(self.order) and self.order.status == MARK_UNHEALTHY
+        ordered = self.order and self.order.status == MARK_UNHEALTHY and not self.order.look
+        return self.marked or bool(ordered)
 
     def take_verdict(self, now: float) -> None:
         super().take_verdict(now)
@@ -1596,8 +1724,12 @@ class Daemon(Watcher):
         wanted = wanted_mark(self.verdict, self.marked, self.config.recovery)
         if wanted != self.wanted:
             self.wanted, self.calls, self.hold, self.call_at = wanted, 0, "", now
-            if wanted == MARK_UNHEALTHY and self.config.max_unhealthy is not None and not self.dry_run:
-                self.call_at += look_delay(self.config.frequency, random.random())
+            self.call_at += self.first_wait() * (wanted == MARK_UNHEALTHY)
+
+    def first_wait(self) -> float:
+        """Seconds before the first look at the group, so that a failing fleet does not look all at once."""
+        limited = self.config.max_unhealthy is not None and not self.dry_run
+        return limited * random.uniform(0.0, look_window(self.config.frequency))
 
     def give_order(self, now: float) -> None:
         look = self.wanted == MARK_UNHEALTHY and (self.held or now < self.resumed_until)
@@ -1618,12 +1750,12 @@ class Daemon(Watcher):
         if not lifecycle_permits(self.seen.lifecycle):
             self.held = True
         elif self.held:
-            self.held, self.resumed_until = False, now + self.config.graceperiod
+            self.held, self.resumed_until = False, now + self.config.graceperiod + self.first_wait()
         calls = self.calls + 1 if status == self.wanted else 1
         delay = {
             CALLED: call_backoff(calls, self.config.frequency, random.random()),
             FAILED: call_backoff(calls, self.config.frequency, random.random()),
-            CROWDED: look_delay(self.config.frequency, random.random()),
+            CROWDED: random.uniform(0.0, look_window(self.config.frequency)),
             HELD: self.next_verdict - now,
             LOOKED: min(self.next_verdict, max(self.resumed_until, now)) - now,
             WITHDRAWN: max(0.0, self.call_at - now),
@@ -1676,39 +1808,48 @@ class Daemon(Watcher):
                 log.warning("%s", warning)
             log.info("Configuration reloaded: %s", ", ".join(self.watches))
             self.next_verdict = now
+            self.call_at = min(self.call_at, now + call_backoff(max(self.calls, 1), self.config.frequency, 1.0))
         self.tell(now)
 
     def stuck(self, now: float) -> bool:
         """Whether a thread is missing, or a check loop neither probes nor waits: then systemd is to restart us."""
         loops = [watch.loop for watch in self.watches.values()]
         late = [loop for loop in loops if not loop or not loop.is_alive() or not loop.probing and now > loop.due + LATE]
-        return bool(late) or not self.marker
+        return bool(late) or not self.marker or not self.marker.is_alive()
 
     def tell(self, now: float) -> None:
         """Say how things stand: to systemd in one line, and in status.json."""
-        headline = self.headline(now)
-        self.systemd.notify("STATUS=" + headline)
+        summary = self.summary(now)
+        self.systemd.notify(f"STATUS={summary}: {self.evidence() if now >= self.grace_end else ', '.join(self.watches)}")
+        if not self.dry_run:
+            self.systemd.keep_mark(self.may_be_marked())
         if self.ready:
             self.systemd.notify("READY=1")  # more than once does no harm, and one may be lost
         if self.directory:
             try:
-                write_status(self.directory, self.as_dict(now, headline))
+                write_status(self.directory, self.as_dict(now, summary))
                 self.untold = ""
             except OSError as error:
                 if str(error) != self.untold:
                     self.untold = str(error)
                     log.warning("status.json cannot be written: %s", printable(self.untold))
 
-    def headline(self, now: float) -> str:
+    def summary(self, now: float) -> str:
         if now < self.grace_end:
-            return f"grace period, probing starts in {self.grace_end - now:.0f}s: {', '.join(self.watches)}"
-        doing = f", not marking now ({self.hold})" if self.hold else ""
-        if self.wanted and not self.hold:
-            doing = f", marking the instance as {self.wanted} (calls so far: {self.calls})"
-        return f"{self.verdict}{doing}: {self.evidence()}"
+            return f"grace period, probing starts in {self.grace_end - now:.0f}s"
+        if self.hold:
+            return f"{self.verdict}, not marking now ({self.hold})"
+        if not self.wanted:
+            return self.verdict
+        due = "" if self.order else f", the next in {max(0.0, self.call_at - now):.0f}s"
+        return f"{self.verdict}, marking the instance as {self.wanted} (calls so far: {self.calls}{due})"
 
-    def as_dict(self, now: float, headline: str) -> dict:
-        """What status.json says; `written` is of the monotonic clock."""
+    def as_dict(self, now: float, summary: str) -> dict:
+        """What status.json says; `written` and `failed_at` are of the monotonic clock, last_call.time is since 1970."""
+        checks = {
+            name: {**vars(watch.health), "threshold": watch.check.threshold, "reason": watch.reason, "failed_at": watch.failed_at}
+            for name, watch in self.watches.items()
+        }
         return {
             "version": __version__,
             "instance": self.seen.instance,
@@ -1717,13 +1858,10 @@ class Daemon(Watcher):
             "verdict": self.verdict,
             "wanted": self.wanted,
             "marked": self.may_be_marked(),
-            "headline": headline,
+            "summary": summary,
             "last_call": self.last_call,
             "written": now,
-            "checks": {
-                name: {**vars(watch.health), "threshold": watch.check.threshold, "reason": watch.reason}
-                for name, watch in self.watches.items()
-            },
+            "checks": checks,
         }
 
 
@@ -1760,26 +1898,313 @@ class Gate(Watcher):
 
 
 # ---- Service commands --------------------------------------------------------------------------
-# install, remove, start, stop, status: what an operator does with the systemd service. To come.
+# install, remove, start, stop, status: what an operator does with the systemd service. They are processes
+# of their own: of the daemon they know what systemd and status.json say.
+
+COMMANDS = "install", "remove", "start", "stop", "status"
+SERVICE = "healthchecker"
+INSTALLED = "/usr/local/bin/ec2_local_healthchecker.py"
+UNIT_FILE = f"/etc/systemd/system/{SERVICE}.service"
+ORIGINAL = "ec2-local-healthchecker.service"  # the Go daemon's unit, and an alias of ours
+UNIT_DIRECTORIES = "/etc/systemd/system", "/usr/local/lib/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"
+ERROR_LOG = "/var/log/ec2-local-healthchecker.err"
+INTERPRETER = "/usr/bin/python3"
+RUNTIME_DIRECTORY = f"/run/{SERVICE}"
+UNIT = """\
+[Unit]
+Description=Local health checker: marks this EC2 instance unhealthy when a service on it keeps failing
+# Not after cloud-init: started from user data, it would wait for itself.
+Wants=network-online.target
+After=network-online.target
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+ExecStart=/usr/bin/python3 -I /usr/local/bin/ec2_local_healthchecker.py
+ExecReload=/bin/kill -HUP $MAINPID
+Restart=always
+RestartSec=5
+WatchdogSec=60
+TimeoutStopSec=5
+StandardOutput=append:/var/log/ec2-local-healthchecker.log
+StandardError=append:/var/log/ec2-local-healthchecker.err
+RuntimeDirectory=healthchecker
+# Here it notes, over a restart, that a mark of its own may stand.
+FileDescriptorStoreMax=1
+# The last process to die when memory runs out, for then it is needed.
+OOMScoreAdjust=-1000
+
+# It needs the network and its configuration, and nothing else of the machine.
+DynamicUser=yes
+CapabilityBoundingSet=
+AmbientCapabilities=
+NoNewPrivileges=yes
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+PrivateUsers=yes
+ProtectProc=invisible
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+Alias=ec2-local-healthchecker.service
+"""
+
+
+class CommandError(Exception):
+    """Why a service command was refused, or failed, and what to do."""
+
+
+def service_command(command: str) -> int:
+    """Carry out one -command; returns the exit status."""
+    try:
+        if command != "status" and os.geteuid() != 0:
+            raise CommandError(f"-command {command} needs root: run it with sudo")
+        return {"install": install, "remove": remove, "status": print_status}.get(command, lambda: start_or_stop(command))()
+    except (CommandError, OSError) as error:
+        say(f"{PROGRAM}: {' '.join(str(error).split())}", sys.stderr)
+        return 1
+
+
+def _output_of(*command: str) -> str:
+    """What a command prints; CommandError with its last line if it fails."""
+    import subprocess
+
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise CommandError(f"there is no {command[0]} on this machine, and the service needs it") from None
+    text = done.stdout.decode("utf-8", "replace").strip()
+    if done.returncode:
+        raise CommandError(f"{' '.join(command[:2])}: {text.split(chr(10))[-1] or f'exit status {done.returncode}'}")
+    return text
+
+
+def systemctl(*arguments: str) -> str:
+    return _output_of("systemctl", *arguments)
+
+
+def install() -> int:
+    """Copy this file and its unit to where systemd finds them, and enable the service."""
+    os.umask(0o022)  # for a folder that has to be made
+    source = sys.argv[0]
+    if not os.path.isfile(source):
+        raise CommandError("it was run from standard input: fetch it into a file, and run that with -command install")
+    version = re.match(r"systemd (\d+)", systemctl("--version"))
+    if not version or int(version[1]) < 240:
+        raise CommandError("the service needs systemd 240 or newer")
+    try:
+        systemctl("daemon-reload")
+    except CommandError as error:
+        raise CommandError(f"systemd does not run here: install on a machine that it has booted ({error})") from None
+    for directory in UNIT_DIRECTORIES:
+        path = os.path.join(directory, ORIGINAL)
+        if os.path.isfile(path) and not os.path.islink(path):
+            cure = f"systemctl disable --now {ORIGINAL}; rm {path}; systemctl daemon-reload"
+            raise CommandError(f"the original daemon's unit is in the way: run '{cure}', then install again")
+    _require_own_unit()
+    try:
+        _output_of(INTERPRETER, "-I", "-c", "import sys, boto3; assert sys.version_info >= (3, 8), 'Python is older than 3.8'")
+    except CommandError as error:
+        advice = "install the package python3-boto3 (apt-get or dnf install python3-boto3)"
+        raise CommandError(f"the service's interpreter cannot run it: {error} -- {advice}") from None
+    with open(source, "rb") as file:
+        content = file.read()
+    before = re.search(rb'__version__ = "(.*)"', _content(INSTALLED) or b"")
+    changed = _replace_file(INSTALLED, content, 0o755) + _replace_file(UNIT_FILE, UNIT.encode(), 0o644)
+    systemctl("daemon-reload")
+    systemctl("enable", SERVICE)
+    if not changed:
+        say(f"{SERVICE} {__version__} is installed already: nothing was changed")
+    elif before:
+        say(f"Installed {SERVICE} {__version__} over {before[1].decode()}")
+    else:
+        say(f"Installed {SERVICE} {__version__}: it starts at every boot")
+    say(_next_step(bool(changed)))
+    return 0
+
+
+def _next_step(changed: bool) -> str:
+    """What the operator does after an installation."""
+    running = _is_running(_shown_state())
+    start = f"systemctl {'restart' if running else 'start'} {SERVICE}"
+    folder = os.path.dirname(DEFAULT_FILE)
+    try:
+        load_config(DEFAULT_FILE)
+    except ConfigError as error:
+        return f"Next: {f'mend {error}' if os.path.exists(DEFAULT_FILE) else f'write {DEFAULT_FILE}'}; then: {start}"
+    if not os.stat(DEFAULT_FILE).st_mode & 0o004 or not os.stat(folder).st_mode & 0o001:
+        return f"Next: chmod o+rX {folder} {DEFAULT_FILE}, for the service is a user of its own; then: {start}"
+    return f"Next: {start}" if changed or not running else "It is running"
+
+
+def remove() -> int:
+    """Stop and disable the service, and delete what install wrote; the configuration and the logs stay."""
+    _require_own_unit()
+    there = [path for path in (UNIT_FILE, INSTALLED) if os.path.lexists(path)]
+    if UNIT_FILE in there:
+        systemctl("disable", "--now", SERVICE)
+    for path in there:
+        os.unlink(path)
+    if there:
+        systemctl("daemon-reload")
+    say(f"Removed {' and '.join(there)}; the configuration and the logs are still there" if there else "Nothing is installed")
+    return 0
+
+
+def start_or_stop(command: str) -> int:
+    if _shown_state()["LoadState"] == "not-found":
+        raise CommandError(f"{SERVICE} is not installed: run -command install first")
+    try:
+        systemctl(command, SERVICE)
+    except CommandError as error:
+        raise CommandError(f"{error} -- the end of {ERROR_LOG}: {_last_words()}") from None
+    return 0
+
+
+def _last_words() -> str:
+    """The last line that the service wrote to its log of errors."""
+    try:
+        with open(ERROR_LOG, errors="replace") as file:
+            return collections.deque(file, 1)[0].strip()
+    except (OSError, IndexError):
+        return "nothing"
+
+
+def _require_own_unit() -> None:
+    for directory in UNIT_DIRECTORIES:
+        path = os.path.join(directory, f"{SERVICE}.service")
+        if INSTALLED.encode() not in (_content(path) or b"") and os.path.lexists(path):
+            raise CommandError(f"{path} is not of this program, or masked: move it out of the way")
+
+
+def _content(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def _replace_file(path: str, content: bytes, mode: int) -> bool:
+    """Whether the file had to be changed; it is replaced in one step (rename(2)), for it may be running."""
+    if _content(path) == content and not os.path.islink(path) and os.stat(path).st_mode & 0o7777 == mode:
+        return False
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        with open(path + ".new", "wb") as file:
+            file.write(content)
+            os.fchmod(file.fileno(), mode)
+        os.replace(path + ".new", path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".new")
+        raise CommandError(f"{path} cannot be written: {error.strerror}") from None
+    return True
+
+
+def _shown_state() -> dict:
+    names = "LoadState,ActiveState,SubState,StateChangeTimestamp,UnitFileState,NRestarts,MainPID"
+    shown = (line.split("=", 1) for line in systemctl("show", SERVICE, "--property=" + names).splitlines() if "=" in line)
+    return collections.defaultdict(str, shown)
+
+
+def _is_running(state: dict) -> bool:
+    return state["MainPID"] not in ("", "0")
+
+
+def print_status() -> int:
+    """Print how the service and each check stand; 0 if it is running, 3 if not."""
+    state = _shown_state()
+    paint = _painter()
+    if state["LoadState"] == "not-found":
+        say(f"{SERVICE} is not installed")
+        return 3
+    running = _is_running(state)
+    active = paint(f"{state['ActiveState']} ({state['SubState']})", HEALTHY if running else FAILING)
+    say(f"{SERVICE}: {active} since {state['StateChangeTimestamp']}, {state['UnitFileState']}, restarts: {state['NRestarts']}")
+    now, told = time.monotonic(), read_status(RUNTIME_DIRECTORY)
+    if not running:
+        say(f"the end of {ERROR_LOG}: {_last_words()}")
+        return 3
+    try:
+        say("\n".join(_status_lines(told, now, paint)) if told else f"{RUNTIME_DIRECTORY}/status.json says nothing (yet)")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        say(f"{RUNTIME_DIRECTORY}/status.json is not of this version: systemctl restart {SERVICE}")
+    return 0
+
+
+def _status_lines(told: dict, now: float, paint):
+    """The lines for what status.json has told."""
+    yield f"{told['instance'] or 'this instance'}, {now - told['written']:.0f}s ago: {paint(told['summary'], told['verdict'])}"
+    call = told["last_call"]
+    if call:
+        text = f": {call['text']}" if call["text"] else ""
+        yield f"last call: {call['status']}, {call['result']} {max(0, time.time() - call['time']):.0f}s ago{text}"
+    rows = [("CHECK", "STATE", "STREAK", "LAST FAILURE")]
+    for name, check in told["checks"].items():
+        streak = f"{'passed' if check['passed'] else 'failed'} {check['streak']} of {check['threshold']}" if check["streak"] else "-"
+        failure = "-" if check["failed_at"] is None else f"{now - check['failed_at']:.0f}s ago: {check['reason']}"
+        rows.append((printable(name), printable(check["state"]), streak, printable(failure)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row, widths)]
+        yield "  ".join([cells[0], paint(cells[1], row[1]), cells[2], row[3]])
+
+
+def _painter():
+    """Colours a text by the state that it tells of; on a terminal, and where NO_COLOR is not set (no-color.org)."""
+    colours = {HEALTHY: "32", FAILING: "31", UNHEALTHY: "31"} if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else {}
+    return lambda text, state: f"\x1b[{colours[state]}m{text}\x1b[0m" if state in colours else text
 
 
 # ---- Command line ------------------------------------------------------------------------------
 # Options in, exit status out. Go's flag rules, because these flags are in units and user data out there.
 
-DEFAULT_FILE = "/etc/sysconfig/ec2-local-healthchecker.yml"
-LARGEST_FILE = 2**20  # bytes; a configuration has a few hundred
+SYNOPSIS = """\
+usage: ec2_local_healthchecker.py [-healthcheckfile FILE] [-launchtime EPOCH]
+           [-dry-run | -foreground [-fg-exit-early-if-healthy]] [-verbose]
+       ec2_local_healthchecker.py -testconfig [-healthcheckfile FILE]
+       ec2_local_healthchecker.py -command install|remove|start|stop|status
+
+Probe the services on this EC2 instance; when one keeps failing, mark the
+instance unhealthy in its Auto Scaling group, so that the group replaces it.
+"""
 # Name: (what it takes, its default, what it does). Without something to take, it is true or false.
 OPTIONS = {
-    "healthcheckfile": ("FILE", DEFAULT_FILE, "the configuration; - is standard input"),
-    "testconfig": ("", False, "print the effective configuration as JSON and exit"),
-    "foreground": ("", False, "a gate: probe, then exit 0 healthy or 1 not; never calls AWS"),
-    "fg-exit-early-if-healthy": ("", False, "with -foreground: exit 0 as soon as every check is healthy"),
-    "launchtime": ("EPOCH", "-1", "when the server was launched, in seconds since 1970:\nthe grace period counts from then"),
-    "dry-run": ("", False, "log what would have been marked; needs neither boto3 nor EC2"),
+    "healthcheckfile": ("FILE", DEFAULT_FILE, "the configuration; - is standard input; without it,\n" + DEFAULT_FILE),
+    "testconfig": ("", False, "print the effective configuration as JSON"),
+    "launchtime": ("EPOCH", "-1", "when the server was launched, seconds since 1970:\nthe grace period counts from then"),
+    "dry-run": ("", False, "log what would have been marked; no AWS, no boto3"),
+    "foreground": ("", False, "a gate: probe, then exit 0 healthy or 1 not;\nnever calls AWS"),
+    "fg-exit-early-if-healthy": ("", False, "exit 0 as soon as every check is healthy"),
     "verbose": ("", False, "also log every probe"),
-    "version": ("", False, "print the version and exit"),
-    "help": ("", False, "print this and exit; so does -h"),
+    "command": ("ACTION", "", "install, remove, start or stop the systemd service,\nor print its status and that of every check"),
+    "version": ("", False, "print the version"),
+    "help": ("", False, "print this; so does -h"),
 }
+EXIT_STATUS = """
+Exit status: 0 done, or stopped by a signal; 1 not healthy (-foreground), a
+service command failed, or the daemon could never mark; 2 a mistake on the
+command line or in the configuration; 3 not running (-command status).
+"""
 
 
 class UsageError(Exception):
@@ -1810,38 +2235,28 @@ def parse_command_line(arguments) -> dict:
             raise UsageError(f"-{name}={shown(value)}: write -{name}=true or -{name}=false")
         if options["help"]:
             break
+    others = [f"-{name}" for name, (_, default, _) in OPTIONS.items() if name != "command" and options[name] != default]
+    if options["help"]:
+        return options
+    if options["command"] and options["command"] not in COMMANDS:
+        raise UsageError(f"-command {shown(options['command'])}: write one of {', '.join(COMMANDS)}")
+    if options["command"] and others:
+        raise UsageError(f"{others[0]} does not go with -command: the unit has the options ('systemctl edit {SERVICE}')")
+    if options["fg-exit-early-if-healthy"] and not options["foreground"]:
+        raise UsageError("-fg-exit-early-if-healthy goes with -foreground: alone, it would start a daemon")
     try:
-        options["launchtime"] = int(options["launchtime"], 0)
-    except ValueError:
+        options["launchtime"] = float(int(options["launchtime"], 0))
+    except (OverflowError, ValueError):
         raise UsageError(f"-launchtime {shown(options['launchtime'])}: write seconds since 1970, like $(date +%s)") from None
     return options
 
 
 def usage() -> str:
-    rows = []
-    for name, (takes, default, text) in OPTIONS.items():
-        rows.append(f"  -{name} {takes}".rstrip())
-        rows += ["      " + line for line in text.split("\n")]
-        if takes and default != "-1":
-            rows.append(f"      default: {default}")
-    return f"usage: {PROGRAM} [options]\n\n" + "\n".join(rows)
-
-
-def load_config(path: str) -> Config:
-    """The configuration in a file, or of standard input for "-"; ConfigError if it cannot be used."""
-    source = "<stdin>" if path == "-" else printable(path)
-    try:
-        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
-            content = file.read(LARGEST_FILE + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot be read ({reason}): write it, or name another with -healthcheckfile", None, source) from None
-    if len(content) > LARGEST_FILE:
-        raise ConfigError("larger than 1 MiB: this is no configuration", 1, source)
-    try:
-        return Config.from_text(content.decode("utf-8"), source)
-    except UnicodeDecodeError as error:
-        raise ConfigError("not UTF-8: save the file so", content[: error.start].count(b"\n") + 1, source) from None
+    rows = [SYNOPSIS]
+    for name, (takes, _, text) in OPTIONS.items():
+        first, *more = text.split("\n")
+        rows += [f"  {f'-{name} {takes}':27}{first}"] + [" " * 29 + line for line in more]
+    return "\n".join(rows) + "\n" + EXIT_STATUS.rstrip("\n")
 
 
 def main(argv=None) -> int:
@@ -1852,6 +2267,8 @@ def main(argv=None) -> int:
             return say(usage())
         if options["version"]:
             return say(f"{PROGRAM} {__version__}")
+        if options["command"]:
+            return service_command(options["command"])
         config = load_config(options["healthcheckfile"])
         if options["testconfig"]:
             for warning in config.warnings:
@@ -1862,19 +2279,11 @@ def main(argv=None) -> int:
         say(f"{PROGRAM}: {error}; -h lists the options", sys.stderr)
     except ConfigError as error:
         say(str(error), sys.stderr)
+        Systemd().notify(f"STATUS={error}")
     except Exception as fault:
         say(f"{PROGRAM}: {printable(f'{type(fault).__name__}: {fault}')}", sys.stderr)
         return 1
     return 2
-
-
-def say(text: str, stream=None) -> int:
-    """Print, where there is something to print on; returns the exit status for that."""
-    try:
-        print(text, file=stream or sys.stdout, flush=True)
-    except OSError:
-        return 1
-    return 0
 
 
 def run(options: dict, config: Config) -> int:
@@ -1883,6 +2292,9 @@ def run(options: dict, config: Config) -> int:
     launched = options["launchtime"]
     grace = grace_left(config.graceperiod, None if launched < 0 else time.time() - launched)
     inbox = Inbox()
+    if any(check.type == "http" for check in config.checks):
+        with later("ssl", "calendar", "datetime"):  # 5 MB; https probes and boto3 use them, http probes do not
+            import http.client  # noqa: F401
     foreground, dry_run, path = options["foreground"], options["dry-run"], options["healthcheckfile"]
     for number in (signal.SIGTERM, signal.SIGINT) if foreground else (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: inbox.put(signal.Signals(number)))
@@ -1897,7 +2309,7 @@ def run(options: dict, config: Config) -> int:
         except OSError as error:
             inbox.put(Rehearsed("", (f"No rehearsal of a mark, no process can be started: {error.strerror}",), Seen()))
     finish = start_logging(options["verbose"])
-    threading.excepthook = lambda fault: log.error("A thread of this program ended: %s", printable(repr(fault.exc_value)))
+    threading.excepthook = lambda fault: log.error("A thread of this program ended: %s", fault.exc_type.__name__)
     sys.unraisablehook = lambda fault: None
 
     def start_loop(check, due):
@@ -1928,7 +2340,6 @@ def run(options: dict, config: Config) -> int:
         return Daemon(
             config, inbox, now, grace, start_loop, start_marker, dry_run,
             read_config=None if path == "-" else read_config, directory=directory,
-            marked=bool(directory and read_status(directory).get("marked")),
         ).run()  # fmt: skip
     finally:
         if rehearsal:
@@ -1936,13 +2347,30 @@ def run(options: dict, config: Config) -> int:
         finish()
 
 
+def begin_anew(code: types.CodeType) -> None:
+    """Start the program again in this process (execve(2)), from its compiled code.
+
+    To compile this file takes 5 MB, which Python never gives back. Where this is not permitted, nothing happens.
+    """
+    import marshal
+
+    with contextlib.suppress(OSError, AttributeError):
+        if os.path.samefile(sys.executable or "", "/proc/self/exe"):  # another Python would misread it
+            file = os.fdopen(os.memfd_create("compiled", 0), "wb")
+            marshal.dump(code, file)
+            file.seek(0)
+            start = f"import marshal, sys; del sys.argv[0]; exec(marshal.load(open({file.fileno()}, 'rb')))"
+            os.execv(sys.executable, [sys.executable, "-I", *["-S"] * sys.flags.no_site, "-c", start, *sys.argv])
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no KeyboardInterrupt, anywhere
     for number in range(3):
         with contextlib.suppress(OSError):
             os.fstat(number)
             continue
-        os.open(os.devnull, os.O_RDWR)  # a closed standard descriptor is not to become a socket of ours
+        os.open(os.devnull, os.O_RDWR)  # a closed standard descriptor is not to become another file of ours
+    if sys.flags.isolated and "__file__" in globals():  # as the unit runs it, and not yet begun anew
+        begin_anew(sys._getframe().f_code)
     sys.stdout, sys.stderr = sys.stdout or open(1, "w"), sys.stderr or open(2, "w")
     # Not sys.exit(): a thread that hangs in the resolver or in a write must not be waited for.
     os._exit(main())

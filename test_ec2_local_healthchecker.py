@@ -13,14 +13,16 @@ A test that waits, waits for a condition, with a limit that only a broken progra
 
 import collections
 import contextlib
+import dataclasses
 import datetime
+import hashlib
 import http.server
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
-import select
 import shutil
 import signal
 import socket
@@ -36,7 +38,9 @@ import hypothesis
 import pytest
 import trustme
 import yaml
+from hypothesis import stateful
 from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
 import ec2_local_healthchecker as hc
 
@@ -61,8 +65,9 @@ checks:
     frequency: 1s
 """
 
+EXAMPLES = int(os.environ.get("EXAMPLES", "2000"))  # for each law
 hypothesis.settings.register_profile(
-    "all", max_examples=int(os.environ.get("EXAMPLES", "2000")), deadline=None, derandomize=True, database=None
+    "all", max_examples=EXAMPLES, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("all")
 
@@ -165,6 +170,85 @@ def test_probes_keep_their_grid_and_missed_periods_are_skipped():
 def test_no_lifecycle_state_but_in_service_permits_a_call(state):
     assert not hc.lifecycle_permits(state)
     assert hc.lifecycle_permits("InService") and hc.lifecycle_permits(None)
+
+
+# The other instances of a group, as "9H 2U3": nine of weight 1 that serve, two of weight 3 marked Unhealthy.
+INSTANCE_STATES = {
+    "H": ("InService", "Healthy"), "h": ("InService", "healthy"), "Y": ("InService", "HEALTHY"),
+    "U": ("InService", "Unhealthy"), "u": ("InService", "UNHEALTHY"), "P": ("Pending", "Healthy"),
+    "p": ("Pending:Wait", "Healthy"), "T": ("Terminating", "Unhealthy"), "t": ("Terminating:Wait", "Healthy"),
+    "S": ("Standby", "Healthy"), "D": ("Detaching", "Healthy"), "R": ("Replacing", "Healthy"), "E": ("EnteringStandby", "Healthy"),
+}  # fmt: skip
+
+
+def spares(percent, desired, weight, others):
+    return hc.chance_to_go(percent, desired, weight, others) > 0
+
+
+def instances(text):
+    rows = re.findall(r"(\d+)([A-Za-z])(\d*)", text)
+    return [(int(weight or 1), *INSTANCE_STATES[letter]) for count, letter, weight in rows for _ in range(int(count))]
+
+
+@pytest.mark.parametrize(
+    "percent, desired, weight, others, spared",
+    [
+        # at least this instance, however small the share
+        (1, 1, 1, "", True), (1, 2, 1, "1H", True), (1, 3, 1, "2H", True), (1, 3, 1, "1H 1U", False), (1, 99, 1, "98H", True),
+        # a share of desired capacity, rounded down; this instance is in it
+        (40, 10, 1, "9H", True), (40, 10, 1, "6H 3U", True), (40, 10, 1, "5H 4U", False),
+        (49, 10, 1, "6H 3U", True), (49, 10, 1, "5H 4U", False), (50, 10, 1, "5H 4U", True), (39, 10, 1, "6H 3U", False),
+        (100, 10, 1, "9U", True), (99, 10, 1, "9U", False), (33, 3, 1, "1H 1U", False), (66, 3, 1, "1H 1U", False), (67, 3, 1, "1H 1U", True),
+        # InService and Healthy, both, in any case of letters; whatever else an instance is, it is out
+        (20, 10, 1, "4H 3h 1Y 1U", True), (20, 10, 1, "4H 2h 1Y 2u", False),
+        (20, 10, 1, "8H 1P", True), (20, 10, 1, "7H 2P", False), (20, 10, 1, "7H 1P 1p", False),
+        (20, 10, 1, "7H 2T", False), (20, 10, 1, "7H 2t", False), (20, 10, 1, "7H 2S", False), (20, 10, 1, "7H 2D", False),
+        (20, 10, 1, "7H 1R 1E", False), (20, 10, 1, "8H 9T 9P", True),
+        # replaced: what is gone is out until what came for it is in service
+        (20, 10, 1, "8H", True), (20, 10, 1, "7H", False), (20, 10, 1, "7H 2P 2T", False), (20, 10, 1, "9H 2T", True),
+        # desired above the actual size (a launch that fails, a scale-out under way) and below it (a scale-in)
+        (20, 20, 1, "9H", False), (20, 12, 1, "9H", False), (20, 11, 1, "9H", True), (50, 20, 1, "9H", False), (55, 20, 1, "9H", True),
+        (20, 5, 1, "9H", True), (20, 5, 1, "4H 5U", True), (20, 5, 1, "3H 6U", False), (20, 0, 1, "3H", True), (20, 0, 1, "3U", True),
+        # weighted: capacity counts, not instances
+        (20, 30, 3, "9H3", True), (20, 30, 3, "8H3 1U3", True), (20, 30, 3, "7H3 2U3", False),
+        (20, 30, 6, "8H3", True), (20, 30, 7, "7H3 2H1", True), (20, 30, 7, "7H3 1H1 1U1", False),
+        (20, 30, 1, "7H3 2H4", True), (20, 30, 1, "7H3 1U8", False), (10, 8, 3, "2H3", True), (10, 9, 3, "2H3", True), (10, 10, 3, "2H3", False),
+    ],
+)  # fmt: skip
+def test_the_group_spares_an_instance_only_within_the_limit(percent, desired, weight, others, spared):
+    assert spares(percent, desired, weight, instances(others)) is spared
+
+
+@pytest.mark.parametrize("percent", [1, 20, 33, 99, 100])
+def test_a_lone_sick_instance_is_within_the_limit_of_a_group_of_any_size_and_weight(percent):
+    for size in range(1, 120):
+        for weight in (1, 2, 7):
+            others = instances(f"{size - 1}H{weight}")
+            assert hc.chance_to_go(percent, size * weight, weight, others) == 1
+            assert hc.chance_to_go(percent, size * weight - weight + 1, weight, others) == 1  # rounded up to whole instances
+
+
+@pytest.mark.parametrize(
+    "percent, size, weight, most",
+    [(20, 50, 1, 10), (20, 9, 1, 1), (1, 50, 1, 1), (40, 10, 1, 4), (100, 10, 1, 10), (20, 10, 3, 2), (25, 10, 3, 2), (1, 10, 3, 1)],
+)  # fmt: skip
+def test_a_group_that_fails_one_after_another_loses_no_more_than_the_limit(percent, size, weight, most):
+    marked = 0
+    for _ in range(size):
+        others = instances(f"{size - marked - 1}H{weight} {marked}U{weight}")
+        marked += spares(percent, size * weight, weight, others)
+    assert marked == most
+
+
+@pytest.mark.parametrize(
+    "percent, others, chance",
+    [
+        (1, "99H", 1), (5, "98H 1U", 0.3), (5, "97H 2U", 0.225), (5, "95H 4U", 0.075), (5, "94H 5U", 0),
+        (40, "60H 39U", 0.075), (40, "99H", 1), (40, "74H 25U", 1),
+    ],
+)  # fmt: skip
+def test_a_lone_sick_instance_goes_at_once_and_many_fill_the_room_by_chance(percent, others, chance):
+    assert hc.chance_to_go(percent, 100, 1, instances(others)) == pytest.approx(chance)
 
 
 # ---- Durations and YAML ------------------------------------------------------------------------
@@ -1353,7 +1437,7 @@ def named(name, text=""):
         (named("ReadTimeoutError", "Read timeout on endpoint URL"), "routes"),
         (named("ProxyConnectionError", "Failed to connect to proxy URL"), "proxy"),
         (ModuleNotFoundError("No module named 'boto3'"), "install the package python3-boto3"),
-        (SyntaxError("x"), "boto3 is missing or broken: install the package python3-boto3"),
+        (ImportError("SyntaxError: x"), "boto3 is missing or broken: install the package python3-boto3"),
         (named("DataNotFoundError", "Unable to load data for: autoscaling"), "install the package python3-boto3"),
         (ValueError("several\nlines\x1b"), ""),
     ],
@@ -1373,6 +1457,43 @@ def test_every_aws_error_becomes_one_line_that_says_what_to_do(error, advice):
 )  # fmt: skip
 def test_a_call_that_was_sent_may_have_acted_unless_the_only_answer_is_a_refusal(error, refused):
     assert hc.was_refused(error) is refused
+
+
+@contextlib.contextmanager
+def group_in(moto, name, size):
+    """Another group of so many instances; yields their ids."""
+    moto.api.create_auto_scaling_group(
+        AutoScalingGroupName=name, LaunchConfigurationName="config", MinSize=0, MaxSize=size, DesiredCapacity=size,
+        AvailabilityZones=["eu-west-1a"],
+    )  # fmt: skip
+    try:
+        group = moto.api.describe_auto_scaling_groups(AutoScalingGroupNames=[name])["AutoScalingGroups"][0]
+        yield [row["InstanceId"] for row in group["Instances"]]
+    finally:
+        moto.api.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
+
+
+def test_a_group_of_many_is_described_whole_and_without_this_instance(moto):
+    with group_in(moto, "large", 120) as ids:
+        moto.api.set_instance_health(InstanceId=ids[7], HealthStatus="Unhealthy")
+        desired, weight, others = hc.describe_group(moto.api, ids[60])
+        assert (desired, weight, len(others)) == (120, 1, 119)
+        assert collections.Counter(others) == {(1, "InService", "Healthy"): 118, (1, "InService", "Unhealthy"): 1}
+        assert hc.describe_group(moto.api, ids[7])[2] == [(1, "InService", "Healthy")] * 119
+
+
+def test_the_group_described_is_the_instances_own_among_many(moto):
+    with contextlib.ExitStack() as groups:
+        for number in range(60):  # the API's page has 50 groups
+            ids = groups.enter_context(group_in(moto, f"many-{number}", number % 3))
+        assert hc.describe_group(moto.api, ids[0]) == (2, 1, [(1, "InService", "Healthy")])
+
+
+def test_an_instance_in_no_group_is_described_as_such_and_no_other_group_is_asked_for(cloud):
+    client = gateway_client(cloud)
+    with pytest.raises(hc.NotInGroup, match="i-0 is in no Auto Scaling group"):
+        hc.describe_group(client, "i-0")
+    assert [action for _, action, _ in cloud.gateway.calls] == ["DescribeAutoScalingInstances"]
 
 
 # ---- Daemon and gate, with a clock of their own ------------------------------------------------
@@ -1407,11 +1528,15 @@ class FakeMarker:
 class FakeSystemd:
     watchdog = 60.0
 
-    def __init__(self):
+    def __init__(self, keeps_mark=False):
         self.said = []
+        self.keeps_mark = keeps_mark
 
     def notify(self, *lines):
         self.said += lines
+
+    def keep_mark(self, marked):
+        self.keeps_mark = marked
 
 
 @pytest.fixture
@@ -1450,7 +1575,7 @@ class Rig:
         self.config = configured(text)
         self.loops = {}
         self.markers = []
-        self.systemd = FakeSystemd()
+        self.systemd = options.pop("systemd", None) or FakeSystemd()
         self.inbox = hc.Inbox()
         grace = self.config.graceperiod if grace is None else grace
         if gate is None:
@@ -1539,6 +1664,14 @@ def test_the_line_of_a_mark_names_every_failing_check_its_count_and_its_last_rea
         "WARNING",
         "Marked Instance as Unhealthy: i-1: web failing (failed 3 in a row, threshold 3): refused; db failing (failed 1 in a row, threshold 1): refused",
     )
+
+
+def test_a_check_that_is_failing_still_is_named_with_its_last_failure(logged):
+    rig = Rig()
+    rig.probe("fffp")
+    rig.step(10)
+    rig.outcome(hc.CALLED)
+    assert logged[-1][1].endswith(": i-1: web failing (passed 1 in a row, threshold 3), last failure: refused")
 
 
 def test_nothing_is_probed_before_the_grace_period_is_over():
@@ -1664,6 +1797,19 @@ def test_a_probe_that_hangs_counts_once_at_its_deadline_and_once_each_period_aft
     rig.inbox.put(hc.Result(loop, 2, True, "", 0.1))
     rig.step()
     assert rig.daemon.watches["web"].health == hc.Health("unknown", True, 1)
+
+
+def test_a_success_is_awaited_only_where_it_would_be_news():
+    rig = Rig()
+    loop = rig.loops["web"]
+    seen = []
+    for result in "pppfppp":
+        rig.probe(result)
+        seen.append(loop.awaited)
+    assert seen == [True, True, False, True, False, False, False]
+    loop.probing = (99, rig.now)
+    rig.step(2)
+    assert rig.daemon.watches["web"].health.streak == 1 and loop.awaited  # it hangs: whoever comes after it is news
 
 
 def test_a_pause_of_the_whole_process_adds_at_most_one_failure():
@@ -1823,7 +1969,7 @@ def test_over_the_limit_it_holds_says_why_once_and_looks_again(logged):
         assert rig.until_order() <= 30.5
     lines = [line for _, line in logged if "Not marking" in line]
     assert len(lines) == 1 and re.search("looking again in \\d+s: max_unhealthy: more than 40%", lines[0])
-    assert "not marking now (max_unhealthy: more than 40% of the group is out)" in rig.systemd.said[-2]
+    assert "not marking now (max_unhealthy: more than 40% of the group is out)" in [line for line in rig.systemd.said if "STATUS" in line][-1]
     rig.outcome(hc.CALLED)
     assert 8 <= rig.until_order() <= 12.5  # from now on at the pace of the calls
 
@@ -1835,10 +1981,10 @@ def test_a_withdrawn_order_does_not_shorten_the_wait():
     rig.probe("ppp")
     rig.step(10)
     rig.probe("fff")
-    rig.step(8)
+    rig.step(10)
     due = rig.daemon.call_at
     rig.outcome(hc.WITHDRAWN, acted=False)
-    assert rig.daemon.call_at == pytest.approx(due)
+    assert rig.daemon.call_at == pytest.approx(max(due, rig.now))
 
 
 STANDBY = hc.Seen("i-1", "eu-west-1", "Standby")
@@ -1934,22 +2080,27 @@ def test_a_marker_that_dies_or_hangs_is_replaced_and_what_it_may_have_done_is_ta
         assert rig.daemon.order is rig.marker.order
 
 
-def test_a_mark_of_an_earlier_run_is_taken_back_too(tmp_path):
-    rig = Rig(directory=str(tmp_path))
+def test_a_look_is_no_mark_whatever_becomes_of_it():
+    rig = failing_rig()
+    rig.outcome(hc.HELD, "target lifecycle state Standby", seen=STANDBY)
+    assert rig.until_order() and rig.marker.order.look and not rig.systemd.keeps_mark
+    rig.marker.alive = False
+    rig.step(10)
+    assert not rig.daemon.marked and not rig.systemd.keeps_mark
+
+
+def test_a_mark_of_an_earlier_run_is_taken_back_too():
+    rig = Rig()
     rig.probe("fff")
     rig.step(10)
-    assert json.loads((tmp_path / "status.json").read_text())["marked"]  # as soon as the call may be on its way
-    rig = Rig(marked=hc.read_status(str(tmp_path))["marked"])
+    assert rig.systemd.keeps_mark  # as soon as the call may be on its way
+    later = FakeSystemd(keeps_mark=True)
+    rig = Rig(systemd=later)
     rig.probe("ppp")
     rig.step(10)
-    assert rig.marker.order.status == "Healthy"
-
-
-@pytest.mark.parametrize("content", [None, "", "{", "[]", "3", '{"marked": {}}'])
-def test_a_status_file_that_says_nothing_is_no_mark(tmp_path, content):
-    if content is not None:
-        (tmp_path / "status.json").write_text(content)
-    assert not hc.read_status(str(tmp_path)).get("marked")
+    assert rig.marker.order.status == "Healthy" and later.keeps_mark
+    rig.outcome(hc.CALLED)
+    assert not later.keeps_mark
 
 
 def reloading(rig, text):
@@ -2024,7 +2175,7 @@ def test_status_json_says_how_things_stand(tmp_path):
     assert (tmp_path / "status.json").stat().st_mode & 0o777 == 0o644
     assert (status["version"], status["instance"], status["phase"], status["verdict"]) == (hc.__version__, "i-1", "watching", "undecided")
     assert status["wanted"] is None and status["last_call"] is None and status["marked"] is False
-    assert status["checks"]["web"] == {"state": "unknown", "passed": False, "streak": 2, "threshold": 3, "reason": "refused"}
+    assert status["checks"]["web"] == {"state": "unknown", "passed": False, "streak": 2, "threshold": 3, "reason": "refused", "failed_at": rig.now - 11}
     rig.probe("f")
     rig.step(10)
     rig.outcome(hc.FAILED, "throttled")
@@ -2033,7 +2184,7 @@ def test_status_json_says_how_things_stand(tmp_path):
     rig.until_order()
     rig.outcome(hc.HELD, "target lifecycle state Standby", seen=STANDBY)
     status = json.loads((tmp_path / "status.json").read_text())
-    assert "not marking now (target lifecycle state Standby)" in status["headline"] and status["last_call"]["result"] == "failed"
+    assert "not marking now (target lifecycle state Standby)" in status["summary"] and status["last_call"]["result"] == "failed"
 
 
 def test_a_status_file_that_cannot_be_written_is_told_once_and_stops_nothing(tmp_path, logged):
@@ -2116,16 +2267,458 @@ def test_a_gate_that_is_stopped_stays_stopped(logged):
     assert rig.daemon.status == 1
 
 
+# ---- The daemon against a model ----------------------------------------------------------------
+
+GRAIN = 1 / 64  # seconds: the model's clock moves by these, so that its sums are exact
+SOON = 1e-6  # seconds that rounding may take
+
+
+class Contract:
+    """What sections 6 and 7 of the design ask of the daemon, on plain lists; no line of the program is in it."""
+
+    def __init__(self, config, now, marked):
+        self.config, self.marked = config, marked
+        self.results = {check.name: [] for check in config.checks}  # that count, since the check is known
+        self.loops = {check.name: None for check in config.checks}
+        self.hung = {}  # (loop, number) of each probe that was counted as failed: when it is once more
+        self.verdict, self.next_verdict = "undecided", now + config.frequency
+        self.wanted, self.calls, self.due = None, 0, (now, now)  # due: the earliest and latest time of the next order
+        self.marker = self.order = None
+        self.order_at = 0.0
+        self.held, self.grace_end = False, (0.0, 0.0)  # by the lifecycle state; when the grace period after that ends
+
+    def state(self, check):
+        """What the last `threshold` results in a row that agree say, however long ago they were."""
+        results = self.results[check.name]
+        for end in range(len(results), check.threshold - 1, -1):
+            if len(set(results[end - check.threshold : end])) == 1:
+                return "healthy" if results[end - 1] else "failing"
+        return "unknown"
+
+    def current(self):
+        states = {self.state(check) for check in self.config.checks}
+        return "unhealthy" if "failing" in states else "healthy" if states == {"healthy"} else "undecided"
+
+    def may_act(self):
+        """Whether the order under way may come to a mark."""
+        return bool(self.order and self.order.status == "Unhealthy" and not self.order.look)
+
+    def mark_for(self, verdict):
+        take_back = "Healthy" if self.marked and self.config.recovery else None
+        return {"unhealthy": "Unhealthy", "healthy": take_back, "undecided": None}[verdict]
+
+    def agreed(self):
+        """What the marker is to bring about: what the last verdict wants, while the checks say so still."""
+        return self.wanted if self.wanted == self.mark_for(self.current()) else None
+
+    def must_only_look(self, now):
+        """... and not call; None: it may do either."""
+        if self.wanted != "Unhealthy" or not self.held and now >= self.grace_end[1]:
+            return False
+        return True if self.held or now < self.grace_end[0] else None
+
+    def missing(self):
+        """The threads that the watchdog must not be fed without."""
+        return not self.marker or not self.marker.alive or not all(loop and loop.alive for loop in self.loops.values())
+
+    def step(self, now, mail, rig):
+        for item in mail:
+            {hc.Result: self.result, hc.Outcome: self.outcome}.get(type(item), self.reload)(item, now, rig)
+        self.overdue = math.inf
+        for check in self.config.checks:
+            loop = self.loops[check.name]
+            if loop and loop.alive and loop.probing:
+                number, start = loop.probing
+                end = self.hung.get((loop, number), start + check.timeout + hc.HANG_SLACK)
+                if now >= end:
+                    self.results[check.name].append(False)
+                    end = self.hung[loop, number] = now + max(check.frequency, check.timeout)
+                self.overdue = min(self.overdue, end)
+        if now >= self.next_verdict:
+            self.next_verdict += self.config.frequency
+            while self.next_verdict < now:
+                self.next_verdict += self.config.frequency
+            self.replace_threads(now, rig)
+            self.verdict = self.current()
+            self.want(now)
+            if self.verdict == "healthy" and not self.wanted:
+                self.held = False  # there is nothing to hold back any more
+
+    def result(self, result, now, rig):
+        loop, name = result.loop, result.loop.check.name
+        if self.loops.get(name) is loop and (loop, result.number) not in self.hung and result.passed is not None:
+            self.results[name].append(result.passed)
+
+    def reload(self, item, now, rig):
+        if rig.file:
+            old = {check.name: check for check in self.config.checks}
+            same = {check.name: check == old.get(check.name) for check in rig.file.checks}
+            self.results = {name: self.results[name] if same[name] else [] for name in same}
+            self.loops = {name: self.loops[name] if same[name] else None for name in same}
+            self.config, self.next_verdict = rig.file, now
+            latest = now + 1.2 * self.pace(max(self.calls, 1))
+            self.due = (min(self.due[0], latest), min(self.due[1], latest))
+
+    def replace_threads(self, now, rig):
+        if self.marker and (not self.marker.alive or self.order and now > self.order_at + hc.ORDER_TIME):
+            self.marked = self.marked or self.may_act()
+            self.marker = self.order = None
+        if not rig.scarce:
+            self.marker = rig.marker
+            self.loops = {name: loop if loop and loop.alive else rig.loops[name] for name, loop in self.loops.items()}
+            assert not self.missing() and self.marker.alive, "a thread is not replaced"
+
+    def first_wait(self):
+        return max(self.config.frequency, 30) if self.config.max_unhealthy else 0
+
+    def want(self, now):
+        wanted = self.mark_for(self.verdict)
+        if wanted != self.wanted:
+            self.wanted, self.calls, self.due = wanted, 0, (now, now + self.first_wait() * (wanted == "Unhealthy"))
+
+    def pace(self, calls):
+        return min(self.config.frequency * 2.0 ** (calls - 1), max(300.0, self.config.frequency))
+
+    def outcome(self, outcome, now, rig):
+        if outcome.order is not self.order:
+            return  # of a marker that was given up
+        order, self.order, frequency = self.order, None, self.config.frequency
+        if outcome.acted:
+            self.marked = (order.status, outcome.kind) != ("Healthy", hc.CALLED)
+        serves = outcome.seen.lifecycle in (None, "InService")
+        if self.held and serves:
+            grace_end = now + self.config.graceperiod
+            self.grace_end = (grace_end, grace_end + self.first_wait())
+        self.held = not serves
+        if order.status == self.wanted:
+            self.calls += outcome.kind in (hc.CALLED, hc.FAILED)
+            pace = self.pace(self.calls)
+            look = tuple(min(self.next_verdict, max(end, now)) for end in self.grace_end)
+            self.due = {
+                hc.CALLED: (now + 0.8 * pace, now + 1.2 * pace),
+                hc.FAILED: (now + 0.8 * pace, now + 1.2 * pace),
+                hc.CROWDED: (now, now + max(frequency, 30)),
+                hc.HELD: (self.next_verdict, self.next_verdict),
+                hc.LOOKED: look,
+                hc.WITHDRAWN: self.due,
+            }[outcome.kind]
+        self.want(now)
+
+
+class ModelRig(Rig):
+    """A Rig that remembers all its loops, and on which threads may be scarce."""
+
+    def __init__(self, text, marked, scarce):
+        self.file, self.scarce, self.started, self.dues = None, scarce, [], []
+        super().__init__(text, read_config=self.read, systemd=FakeSystemd(keeps_mark=marked))
+
+    def read(self):
+        if not self.file:
+            raise hc.ConfigError("no checks: write at least one", 1, "f.yml")
+        return self.file
+
+    def start_loop(self, check, due):
+        self.may_start()
+        self.started.append(super().start_loop(check, due))
+        self.dues.append((due, self.now))
+        return self.started[-1]
+
+    def start_marker(self):
+        self.may_start()
+        return super().start_marker()
+
+    def may_start(self):
+        if self.scarce:
+            raise RuntimeError("can't start new thread")
+
+
+def text_of(top, checks):
+    """A configuration from lines at its top and lines for each check."""
+    lines = [*top, "checks:"]
+    for name, keys in checks.items():
+        lines += [f"  {name}:", "    endpoint: http://localhost/", *(f"    {key}" for key in keys)]
+    return "\n".join(lines)
+
+
+def one_of(*values):
+    return st.sampled_from(values)
+
+
+CONFIGS = st.builds(
+    text_of,
+    st.tuples(
+        one_of("graceperiod: 0", "graceperiod: 90s"), one_of("frequency: 5s", "frequency: 20s"),
+        one_of("recovery: true", "recovery: true", "recovery: false"), one_of("", "max_unhealthy: 40%"),
+    ),
+    st.dictionaries(
+        one_of("a", "b"),
+        st.tuples(
+            one_of("", "threshold: 2", "threshold: 1"), one_of("", "timeout: 1s", "timeout: 3s"),
+            one_of("frequency: 2s", ""),
+        ),
+        min_size=1, max_size=2,
+    ),
+)  # fmt: skip
+SECONDS = one_of(0, 1, 6, 25, 25, 100, None)  # after an event; None: the main thread is busy
+
+# What comes of a call; slow: nothing, until the_marker_works.
+FATES = one_of("called", "called", "lost", "refused", "crowded", "crowded", "stranger", "unreadable", "slow")
+RESULTS = {"p": True, "f": False, "x": None}  # passed, failed, spoiled by a fault of the program
+
+
+class DaemonMachine(stateful.RuleBasedStateMachine):
+    """Drives a Daemon through whatever may happen to it, and holds it against the contract:
+
+    - A mark is wanted, and sent, only while some check's last `threshold` results in a row that agree are
+      failures; and while the last verdict says so too, it is wanted, without a gap.
+    - Healthy is wanted only where a mark of our own may stand, recovery is true and all checks are healthy;
+      then until one call succeeds. A mark that stands is never forgotten.
+    - One order at a time, none earlier than the backoff allows, none later; the main thread wakes in time.
+    - No call outside of InService, nor for a grace period after a hold: only looks; looks at no other time.
+    - No loop probes before the grace period is over. There is one for each check, and none for another.
+    - A late result of a probe that hung counts for nothing, and a pause for at most one failure of a check.
+    - A reload keeps the results of equal checks, and nothing of others; a bad file changes nothing.
+    - A thread that is gone is replaced at the next verdict, if it can be; without it, no watchdog is fed.
+    - After SIGTERM nothing is wanted or ordered.
+    """
+
+    @initialize(text=CONFIGS, marked=one_of(False, False, True), scarce=one_of(False, False, False, False, False, True))
+    def start(self, text, marked, scarce):
+        self.rig = ModelRig(text, marked, scarce)
+        self.model = Contract(self.rig.config, self.rig.now, marked)
+        self.rig.file = self.rig.config
+        self.probing_from = self.fed = self.rig.now + self.rig.config.graceperiod
+        self.model.replace_threads(self.rig.now, self.rig)
+        self.lifecycle, self.fate = "InService", "slow"
+        self.group = "Unhealthy" if marked else "Healthy"  # how it sees this instance
+        self.open, self.answers, self.mail = [], [], []  # orders not carried out; answers on their way; the inbox
+        self.step()
+
+    def put(self, item):
+        self.mail.append(item)
+        self.rig.inbox.put(item)
+
+    def step(self):
+        """One step of the main thread, what it had to do in that, and by when it must come again."""
+        rig, model, now = self.rig, self.model, self.rig.now
+        for loop in rig.started:
+            if not loop.probing:
+                loop.due = max(loop.due, now)  # an idle loop is never late here
+        rig.systemd.said.clear()
+        rig.wake = rig.daemon.step(now)
+        model.step(now, self.mail, rig)
+        self.mail.clear()
+        due = model.due[1] if model.marker and model.agreed() and not model.order else math.inf
+        if model.marker and model.marker.order is not model.order:
+            self.check_new_order(model.marker.order, now)
+        else:
+            assert now < due + SOON, "an order is late"
+            overdue = max(model.overdue, now + 0.1)  # it comes ten times a second at most
+            assert rig.wake <= min(due, model.next_verdict, overdue) + SOON, "the main thread would sleep for too long"
+        if "WATCHDOG=1" in rig.systemd.said:
+            assert not model.missing(), "the watchdog is fed while a thread is missing"
+            self.fed = now
+        assert model.missing() or now < self.fed + rig.systemd.watchdog / 2, "the watchdog is not fed"
+
+    def check_new_order(self, order, now):
+        model = self.model
+        assert not model.order, "an order while another is under way"
+        assert order.status == model.agreed(), "an order for what is not wanted"
+        assert now > model.due[0] - SOON, "an order before its time"
+        assert model.must_only_look(now) in (None, order.look), "a call in a hold or its grace period, or a look without one"
+        assert order.max_unhealthy == model.config.max_unhealthy
+        model.order, model.order_at = order, now
+        self.open.append((model.marker, order))
+
+    def let_pass(self, seconds):
+        """Let time pass, with every step that the main thread would take on the way."""
+        end = self.rig.now + (-1 if seconds is None else seconds)
+        while self.rig.now <= end:
+            self.step()
+            if self.fate != "slow" and self.can_work():
+                self.answer(*self.work(self.fate))
+                self.step()
+            if self.rig.now == end:
+                break
+            woken = math.ceil(self.rig.wake / GRAIN) * GRAIN
+            self.rig.now = min(end, max(woken, self.rig.now + GRAIN))
+
+    def idle(self):
+        loops = [loop for loop in self.model.loops.values() if loop and loop.alive and not loop.probing]
+        return [loop for loop in loops if loop.due <= self.rig.now]
+
+    @rule(names=one_of("ab", "a", "b"), results=one_of("pp", "ff", "p", "f", "x", "fp", "ffxf"), seconds=SECONDS)
+    def probes_end(self, names, results, seconds):
+        for loop in self.idle():
+            for result in results if loop.check.name in names else "":
+                loop.number += 1
+                self.put(hc.Result(loop, loop.number, RESULTS[result], "reason", 0.1))
+        self.let_pass(seconds)
+
+    @rule(results=one_of("fff", "ppp"), seconds=SECONDS)
+    def all_services_are_down_or_up(self, results, seconds):
+        self.begun_probes_end(None, None)
+        self.probes_end("ab", results, seconds)
+
+    @rule(seconds=SECONDS)
+    def probes_begin(self, seconds):
+        """... and hang, if they do not end soon."""
+        for loop in self.idle():
+            loop.number += 1
+            loop.probing = (loop.number, self.rig.now)
+        self.step()
+        self.let_pass(seconds)
+
+    def under_way(self):
+        """The loops that probe, but those that are gone without a word, as far as the daemon could know."""
+        known = self.model.loops.values()
+        return [loop for loop in self.rig.started if loop.probing and (loop.alive or loop not in known)]
+
+    @rule(passed=one_of(True, False, None), seconds=SECONDS)
+    def begun_probes_end(self, passed, seconds):
+        for loop in self.under_way():
+            self.put(hc.Result(loop, loop.probing[0], passed, "late", 5.0))
+            loop.probing = None
+        self.let_pass(seconds)
+
+    @rule(seconds=one_of(3.0, 45.0, 400.0, 86400.0), words=one_of("before", "after"))
+    def the_whole_process_is_paused(self, seconds, words):
+        self.step()
+        before = {name: watch.results for name, watch in self.rig.daemon.watches.items()}
+        self.rig.now += seconds
+        if words == "after":
+            self.let_pass(0.5)
+        self.begun_probes_end(False, 0)
+        for name, results in before.items():
+            assert self.rig.daemon.watches[name].results <= results + 1, "a pause counts for more than one failure"
+
+    @rule(text=CONFIGS | st.none(), seconds=SECONDS)
+    def the_configuration_is_reloaded(self, text, seconds):
+        """... from a bad file, if that is None."""
+        self.rig.file = text and configured(text)
+        self.put(signal.SIGHUP)
+        self.let_pass(seconds)
+
+    @rule(state=one_of("InService", "InService", "InService", None, "Standby", "Warmed:Stopped"), seconds=SECONDS)
+    def the_lifecycle_state_changes(self, state, seconds):
+        self.lifecycle = state
+        self.let_pass(seconds)
+
+    def can_work(self):
+        return [(marker, order) for marker, order in self.open if marker.alive]
+
+    @rule(fate=FATES, seconds=one_of(0, 25, 400, 700))
+    def calls_have_this_fate_from_now_on(self, fate, seconds):
+        self.fate = fate
+        self.let_pass(seconds)
+
+    @precondition(can_work)
+    @rule(fate=one_of("called", "lost", "lost", "refused"), results=one_of("fff", "ppp", "ppp"), comes=st.booleans())
+    def the_marker_works_but_its_answer_takes_time(self, fate, results, comes):
+        self.answers.append(self.work(fate))
+        self.all_services_are_down_or_up(results, 25)
+        if comes:
+            self.an_answer_comes(0)
+
+    def work(self, fate):
+        """The last marker that has an order carries it out; returns that marker and what came of it."""
+        marker, order = self.can_work()[-1]
+        self.open.remove((marker, order))
+        seen = order.seen if fate == "unreadable" else dataclasses.replace(order.seen, lifecycle=self.lifecycle)
+        kind, acted = self.carry_out(marker, order, fate, seen.lifecycle)
+        return marker, hc.Outcome(order, kind, fate, seen, acted)
+
+    def carry_out(self, marker, order, fate, lifecycle):
+        """What comes of an order, as of the real marker: (kind, acted)."""
+        if fate == "stranger" or lifecycle not in (None, "InService"):
+            return hc.HELD, False
+        if order.look:
+            return hc.LOOKED, False
+        if fate == "crowded" and order.status == "Unhealthy" and order.max_unhealthy:
+            return hc.CROWDED, False
+        if marker.wanted != order.status:
+            return hc.WITHDRAWN, False
+        if fate == "refused":
+            return hc.FAILED, False
+        if order.status == "Unhealthy":
+            assert self.model.current() == "unhealthy", "a healthy instance is marked"
+            assert self.rig.now > self.model.grace_end[0] - SOON, "an instance is marked in the grace period after a hold"
+        self.group = order.status
+        return hc.FAILED if fate == "lost" else hc.CALLED, True
+
+    @precondition(lambda self: self.answers)
+    @rule(seconds=SECONDS)
+    def an_answer_comes(self, seconds):
+        self.answer(*self.answers.pop())
+        self.let_pass(seconds)
+
+    def answer(self, marker, outcome):
+        if outcome.kind == hc.FAILED and outcome.acted and marker.wanted != outcome.order.status:
+            outcome = dataclasses.replace(outcome, kind=hc.WITHDRAWN)  # as a retry was about to be sent
+        if marker.alive:
+            marker.order = None
+            self.put(outcome)
+
+    @rule(seconds=SECONDS, victim=one_of("loop", "marker"))
+    def a_thread_dies(self, seconds, victim):
+        for thread in [*self.model.loops.values()][:1] if victim == "loop" else [self.model.marker]:
+            if thread:
+                thread.alive = False
+        self.let_pass(seconds)
+
+    @rule(scarce=one_of(False, False, True))
+    def threads_can_be_started_or_not(self, scarce):
+        self.rig.scarce = scarce
+
+    @invariant()
+    def the_marker_knows_what_is_wanted(self):
+        for marker in self.rig.markers:
+            assert marker.wanted == (self.model.agreed() if marker is self.model.marker else None)
+
+    @invariant()
+    def a_mark_that_stands_is_not_forgotten(self):
+        assert self.group == "Healthy" or self.rig.daemon.may_be_marked()
+        assert self.rig.systemd.keeps_mark == self.rig.daemon.may_be_marked() == (self.model.marked or self.model.may_act())
+
+    @invariant()
+    def every_check_has_its_loop_and_no_other_has(self):
+        assert all(due == max(now, self.probing_from) for due, now in self.rig.dues)
+        checks, loops = self.model.config.checks, [loop for loop in self.model.loops.values() if loop and loop.alive]
+        assert all(loop.check in checks for loop in loops)
+        assert {id(loop) for loop in loops} == {id(loop) for loop in self.rig.started if loop.alive}
+
+    @invariant()
+    def every_check_stands_as_its_results_say(self):
+        for check in self.model.config.checks:
+            assert self.rig.daemon.watches[check.name].health.state == self.model.state(check)
+
+    def teardown(self):
+        if not hasattr(self, "rig"):
+            return  # it was not started
+        self.put(signal.SIGTERM)
+        orders = [marker.order for marker in self.rig.markers]
+        self.rig.now += 1000.0
+        self.rig.daemon.step(self.rig.now)
+        for end in (self.rig.inbox._wake, self.rig.inbox._waker):
+            end.close()
+        assert self.rig.daemon.status == 0 and not any(marker.wanted for marker in self.rig.markers)
+        assert orders == [marker.order for marker in self.rig.markers], "an order on the way out"
+
+
+def test_the_daemon_keeps_the_contract_whatever_happens_to_it(logged):
+    stateful.run_state_machine_as_test(DaemonMachine, settings=hypothesis.settings(max_examples=EXAMPLES // 10, stateful_step_count=60))
+
+
 # ---- The program, as a process -----------------------------------------------------------------
 
 
 class Program:
     """The program running, with what it wrote so far."""
 
-    def __init__(self, *arguments, stdin=None, env=None, prefix=(), **options):
+    def __init__(self, *arguments, stdin=None, env=None, prefix=(), flags=(), **options):
         environment = {name: os.environ[name] for name in ("PATH", "LANG", "HOME") if name in os.environ}
         environment.update(env or {})
-        command = [*prefix, sys.executable, str(PROGRAM), *arguments]
+        command = [*prefix, sys.executable, *flags, str(PROGRAM), *arguments]
         self.started = time.monotonic()
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
@@ -2183,7 +2776,8 @@ class Program:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        assert "Traceback" not in "\n".join(self.lines)
+        # (The interpreter speaks for itself when it dies of a lack of memory.)
+        assert "Traceback" not in "\n".join(self.lines) or self.process.returncode in (-signal.SIGSEGV, -signal.SIGABRT)
 
 
 def run(*arguments, **options):
@@ -2323,7 +2917,7 @@ def test_without_boto3_the_daemon_refuses_to_start(tmp_path, metadata):
     assert "Traceback" not in done.stderr + done.stdout
 
 
-@pytest.mark.parametrize("content, said", [("raise SystemError('torn\\nin two')", "SystemError: torn"), ("(", "SyntaxError"), ("import sys\nsys.exit(0)", "SystemExit")])
+@pytest.mark.parametrize("content, said", [("raise KeyError('torn\\nin two')", "KeyError: 'torn"), ("(", "SyntaxError"), ("import sys\nsys.exit(0)", "SystemExit")])
 def test_with_a_broken_boto3_the_daemon_refuses_to_start(tmp_path, metadata, content, said):
     (tmp_path / "boto3").mkdir()
     (tmp_path / "boto3" / "__init__.py").write_text(content)
@@ -2571,6 +3165,1099 @@ def test_a_service_that_is_stopped_passes_tcp_but_not_http(cloud, tmp_path):
             assert program.stop() == (0, pytest.approx(0, abs=1))
 
 
+def gateway_client(cloud):
+    import boto3
+
+    options = {"region_name": "eu-west-1", "aws_access_key_id": "A", "aws_secret_access_key": "S"}
+    return boto3.client("autoscaling", endpoint_url=cloud.gateway.url, **options)
+
+
+def describing(instance, *pages):
+    """A fault of the gateway: `instance` is in a group, which is described by these pages.
+
+    Each page is a list of groups: (desired capacity, [(id, weight or "", lifecycle state, health status)]).
+    """
+
+    def fault(request, action):
+        def answer(result):
+            opening = f'<{action}Response xmlns="http://autoscaling.amazonaws.com/doc/2011-01-01/"><{action}Result>'
+            request.answer(200, f"{opening}{result}</{action}Result></{action}Response>", [("Content-Type", "text/xml")])
+            return True
+
+        def member(**fields):
+            return "<member>" + "".join(f"<{name}>{text}</{name}>" for name, text in fields.items() if text != "") + "</member>"
+
+        if action == "DescribeAutoScalingInstances":
+            row = member(InstanceId=instance, AutoScalingGroupName="group")
+            return answer(f"<AutoScalingInstances>{row}</AutoScalingInstances>")
+        if action == "DescribeAutoScalingGroups":
+            names = ("InstanceId", "WeightedCapacity", "LifecycleState", "HealthStatus")
+            page = asked.pop(0)
+            groups = "".join(
+                member(AutoScalingGroupName="group", DesiredCapacity=desired, Instances="".join(member(**dict(zip(names, row))) for row in rows))
+                for desired, rows in page
+            )
+            token = f"<NextToken>{len(asked)}</NextToken>" if asked else ""
+            return answer(f"<AutoScalingGroups>{groups}</AutoScalingGroups>{token}")
+        return False
+
+    asked = list(pages)
+    return fault
+
+
+# ---- Faults, from outside of the process -------------------------------------------------------
+
+DEAD = {"endpoint": "http://127.0.0.1:1/", "frequency": "100ms", "threshold": "3"}  # nothing listens there
+
+
+def sick(cloud, *arguments, checks=None, top=None, env=None, **options):
+    """The program on an instance whose service is dead (or with these checks), with times scaled down."""
+    text = yaml_of(checks or {"web": DEAD}, **{"graceperiod": "0", "frequency": "300ms", **(top or {})})
+    return Program("-healthcheckfile=-", "-verbose", *arguments, stdin=text, env={**cloud.env, **(env or {})}, **options)
+
+
+def probes(program, name="web"):
+    return len([line for line in list(program.out) if f"Probe of {name} " in line])
+
+
+def refusing(status, code, text):
+    return lambda request: request.refuse(status, code, text) or True
+
+
+def resetting(request):
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.connection.close()
+    request.close_connection = True
+    return True
+
+
+def hanging(request):
+    request.connection.recv(1)  # returns when the other side has given up
+    return True
+
+
+AWS_FAULTS = {
+    "throttling": (refusing(400, "Throttling", "Rate exceeded"), "Throttling.* -- AWS limits the calls"),
+    "500": (refusing(500, "InternalFailure", "An internal error"), "InternalFailure.* -- AWS has a fault"),
+    "503": (refusing(503, "ServiceUnavailable", "Try later"), "ServiceUnavailable.* -- AWS has a fault"),
+    "malformed": (lambda request: request.answer(200, "<html><p>a captive portal") or True, " -- AWS has a fault"),
+    "reset": (resetting, "Connection.* -- look at routes"),
+    "hang": (hanging, "[Tt]imeout.* -- look at routes"),
+    "denied": (refusing(403, "AccessDenied", "User is not authorized"), " -- allow autoscaling:SetInstanceHealth in the policy"),
+    "contention": (refusing(500, "ResourceContention", "You already have a pending update"), " -- the group is being changed"),
+    "grace": (
+        refusing(400, "ValidationError", "The age of the instance (9 seconds) is less than the configured grace period of 300 seconds"),
+        " -- a group refuses marks within its health check grace period",
+    ),
+    "no group": (
+        refusing(400, "ValidationError", "Instance Id not found - No managed instance found for instance ID i-0"),
+        " -- attach the instance to a group",
+    ),
+    "expired": (refusing(403, "ExpiredToken", "The security token included in the request is expired"), " -- look at the clock"),
+}
+
+
+@pytest.mark.parametrize("fault", AWS_FAULTS)
+def test_the_mark_gets_through_when_a_fault_of_aws_ends(cloud, fault):
+    answer, said = AWS_FAULTS[fault]
+    cloud.gateway.fault = lambda request, action: answer(request)
+    with sick(cloud) as program:
+        line = program.wait_for("Could not mark", 1 if fault == "hang" else 2)
+        assert re.search(said, line), line
+        before = probes(program)
+        wait_until(lambda: probes(program) > before + 5, "probes while AWS has a fault")
+        calls = len(cloud.gateway.calls)
+        failures = len([line for line in program.err if "Could not mark" in line])
+        assert failures <= calls <= 3 * failures + 3  # one line for each call, of up to three attempts
+        cloud.gateway.fault = None
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+        program.wait_for("Marked Instance as Unhealthy")
+        assert cloud.gateway.most_at_once == 1
+        cloud.gateway.fault = lambda request, action: answer(request)
+        calls = len(cloud.gateway.calls)
+        wait_until(lambda: len(cloud.gateway.calls) > calls, "a call")
+        assert program.stop() == (0, pytest.approx(0, abs=1))
+    errors = [line for line in program.err if "ERROR" in line]
+    assert errors and all(re.search("Could not mark i-[0-9a-f]+ as Unhealthy, again in .*", line) for line in errors)
+
+
+def test_as_its_unit_runs_it_the_program_begins_anew_compiled_and_marks(cloud):
+    with sick(cloud, flags=["-I"]) as program:
+        program.wait_for("Ready to mark")
+        words = pathlib.Path(f"/proc/{program.process.pid}/cmdline").read_text().split("\0")
+        assert words[1:3] == ["-I", "-c"] and words[4:6] == [str(PROGRAM), "-healthcheckfile=-"]
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+        assert program.stop() == (0, pytest.approx(0, abs=1))
+
+
+def test_what_is_imported_later_is_the_real_thing_for_everybody_else():
+    script = """
+import sys, types, ec2_local_healthchecker as hc
+with hc.later("ssl"):
+    import http.client
+assert "ssl" not in sys.modules and not {"inspect", "pickle"} & set(sys.modules), sys.modules.keys()
+import inspect, pickle, ssl, traceback
+assert {type(module) for module in (inspect, pickle, ssl, traceback)} == {types.ModuleType}
+assert http.client.ssl.SSLContext is ssl.SSLContext and http.client.HTTPSConnection("localhost")
+assert hc.logging.handlers.pickle.dumps is pickle.dumps
+"""
+    if sys.version_info >= (3, 12):  # there, dataclasses imports what imports inspect
+        script = script.replace('{"inspect", "pickle"}', '{"pickle"}')
+    subprocess.run([sys.executable, "-c", script], cwd=HERE, check=True)
+
+
+def test_calls_come_at_the_pace_of_the_backoff_whatever_comes_of_them(cloud):
+    with sick(cloud) as program:
+        wait_until(lambda: len(cloud.gateway.marks()) >= 6, "six calls")
+        program.stop()
+    times = cloud.gateway.marks()
+    for gap, middle in zip((b - a for a, b in zip(times, times[1:])), (0.3, 0.6, 1.2, 2.4, 4.8)):
+        assert gap > 0.8 * middle - 0.05
+
+
+def test_credentials_that_come_late_are_found(cloud):
+    held = {name: cloud.metadata.items.pop(name) for name in list(cloud.metadata.items) if name.startswith("iam/")}
+    with sick(cloud) as program:
+        assert " -- give the instance a profile whose role allows" in program.wait_for("A mark would not succeed now: ")
+        program.wait_for("Could not mark .*Unable to locate credentials -- give the instance a profile", 2)
+        cloud.metadata.items.update(held)
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+
+
+def test_credentials_that_have_expired_are_replaced(cloud):
+    good = cloud.metadata.items["iam/security-credentials/role"]
+    cloud.metadata.items["iam/security-credentials/role"] = json.dumps({**json.loads(good), "Expiration": "2020-01-01T00:00:00Z"})
+    cloud.gateway.fault = lambda request, action: request.refuse(403, "ExpiredToken", "The security token is expired") or True
+    with sick(cloud) as program:
+        program.wait_for("Could not mark .* -- look at the clock", 2)
+        cloud.metadata.items["iam/security-credentials/role"] = good
+        cloud.gateway.fault = None
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+
+
+def test_a_proxy_in_the_environment_is_for_aws_and_not_for_metadata_or_probes(cloud):
+    seen = []
+
+    def talk(connection):
+        head = read_head(connection)
+        seen.append(head.split("\r\n")[0])
+        left = int(re.search(r"(?i)content-length: (\d+)", head)[1]) - len(head.partition("\r\n\r\n")[2])
+        while left > 0:
+            left -= len(connection.recv(4096))
+        cloud.moto.api.set_instance_health(InstanceId=cloud.instance, HealthStatus="Unhealthy")
+        answer = '<SetInstanceHealthResponse xmlns="http://autoscaling.amazonaws.com/doc/2011-01-01/"></SetInstanceHealthResponse>'
+        connection.sendall(f"HTTP/1.1 200 OK\r\nContent-Type: text/xml\r\nContent-Length: {len(answer)}\r\n\r\n{answer}".encode())
+
+    with serving(talk) as port:
+        proxy = f"http://127.0.0.1:{port}"
+        env = {"http_proxy": proxy, "HTTP_PROXY": proxy, "AWS_ENDPOINT_URL_AUTO_SCALING": "http://autoscaling.example"}
+        with sick(cloud, env=env) as program:
+            program.wait_for("Marked Instance as Unhealthy")
+    assert set(seen) == {"POST http://autoscaling.example/ HTTP/1.1"}
+    assert ("GET", "/latest/meta-data/iam/security-credentials/role") in cloud.metadata.requests
+
+
+def test_a_dead_proxy_is_named(cloud):
+    env = {"http_proxy": "http://127.0.0.1:1", "AWS_ENDPOINT_URL_AUTO_SCALING": "http://autoscaling.example"}
+    with sick(cloud, env=env) as program:
+        assert "proxy" in program.wait_for("Could not mark .* -- look at routes, security groups, VPC endpoint and proxy")
+
+
+@pytest.mark.parametrize("fault", ["down", "hangs", "slow", "503", "no lifecycle state"])
+def test_metadata_in_trouble_does_not_keep_a_known_instance_from_being_marked(cloud, fault):
+    with sick(cloud, checks={"web": {**DEAD, "threshold": "20"}}) as program:  # there is time to get to know it
+        program.wait_for("Ready to mark i-")
+        env_credentials = fault in ("down", "hangs", "503")  # then there are none from metadata
+        if fault == "down":
+            cloud.metadata.stop()
+        elif fault == "no lifecycle state":
+            del cloud.metadata.items["autoscaling/target-lifecycle-state"]
+        else:
+            cloud.metadata.fault = {
+                "hangs": hanging,
+                "slow": lambda request: time.sleep(0.7),
+                "503": lambda request: request.answer("", 503) or True,
+            }[fault]
+        if env_credentials:
+            program.wait_for("Could not mark .*Unable to locate credentials")
+            assert program.stop() == (0, pytest.approx(0, abs=1))
+        else:
+            wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+    if env_credentials:
+        cloud.env.update(AWS_ACCESS_KEY_ID="A", AWS_SECRET_ACCESS_KEY="S", INSTANCE_ID=cloud.instance, AWS_REGION="eu-west-1")
+        with sick(cloud) as program:
+            program.wait_for("Instance metadata cannot be read: .* -- enable IMDSv2")
+            wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+
+
+def test_metadata_that_comes_late_is_read_before_a_call(cloud):
+    cloud.metadata.fault = lambda request: request.answer("", 503) or True
+    with sick(cloud) as program:
+        program.wait_for("Instance metadata cannot be read: HTTP status 503")
+        assert " -- enable IMDSv2 for this instance, or set INSTANCE_ID and AWS_REGION" in program.wait_for("Could not mark this instance .*unknown")
+        assert not cloud.gateway.calls
+        cloud.metadata.fault = None
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+
+
+def test_a_strangers_id_in_the_environment_is_never_marked(cloud):
+    with sick(cloud, env={"INSTANCE_ID": cloud.moto.instances()[1]["InstanceId"]}) as program:
+        program.wait_for("WARNING INSTANCE_ID is .*: remove the variable")  # by the rehearsal
+        line = program.wait_for("ERROR Not marking")
+        assert "remove the variable" in line and cloud.instance in line
+        wait_until(lambda: len([1 for _, path in cloud.metadata.requests if path.endswith("instance-id")]) >= 6, "more looks")
+        assert len([line for line in program.err if "Not marking" in line]) == 1
+    assert not cloud.gateway.calls
+
+
+@pytest.mark.parametrize("state", ["Standby", "Detached", "Terminated", "Warmed:Stopped", "Warmed:Running"])
+def test_out_of_service_it_holds_and_back_in_service_a_grace_period_passes_first(cloud, state):
+    cloud.metadata.items["autoscaling/target-lifecycle-state"] = state
+    with sick(cloud, "-launchtime=-1", top={"graceperiod": "2s"}) as program:
+        program.wait_for(f"Not marking {cloud.instance} as Unhealthy now, looking again in 0s: target lifecycle state {state}")
+        looks = len(cloud.metadata.requests)
+        wait_until(lambda: len(cloud.metadata.requests) > looks + 12, "looks at each verdict")
+        assert len([line for line in program.err if "Not marking" in line]) == 1 and not cloud.gateway.calls
+        cloud.metadata.items["autoscaling/target-lifecycle-state"] = "InService"
+        back = time.monotonic()
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+        assert cloud.gateway.marks()[0] - back >= 2
+
+
+def test_a_call_that_is_no_longer_wanted_is_not_sent_again_by_botocore(cloud, monkeypatch):
+    for name, value in cloud.env.items():
+        monkeypatch.setenv(name, value)
+    marker = hc.Marker(hc.Inbox(), False)
+    marker.wanted = "Unhealthy"
+
+    def fault(request, action):
+        marker.wanted = None  # the service recovers while the first attempt is under way
+        return request.refuse(500, "InternalFailure", "x") or True
+
+    cloud.gateway.fault = fault
+    order = hc.Order("Unhealthy", hc.Seen(), None)
+    outcome = marker.carry_out(order)
+    assert (outcome.kind, outcome.acted) == (hc.WITHDRAWN, True) and len(cloud.gateway.calls) == 1
+    outcome = marker.carry_out(order)
+    assert (outcome.kind, outcome.acted) == (hc.WITHDRAWN, False) and len(cloud.gateway.calls) == 1
+
+
+def test_the_weights_of_a_group_are_read_and_are_one_where_absent(cloud):
+    rows = [("i-1", "3", "InService", "Healthy"), ("i-2", "4", "Terminating", "UNHEALTHY"), ("i-3", "", "Pending", "Healthy")]
+    cloud.gateway.fault = describing("i-1", [(9, rows)])
+    assert hc.describe_group(gateway_client(cloud), "i-1") == (9, 3, [(4, "Terminating", "UNHEALTHY"), (1, "Pending", "Healthy")])
+
+
+def test_a_group_on_a_later_page_is_found(cloud):
+    group = (2, [("i-1", "", "InService", "Healthy"), ("i-2", "", "InService", "Healthy")])
+    cloud.gateway.fault = describing("i-1", [], [], [group])
+    assert hc.describe_group(gateway_client(cloud), "i-1") == (2, 1, [(1, "InService", "Healthy")])
+    assert len(cloud.gateway.calls) == 4
+
+
+def test_an_instance_that_was_replaced_or_whose_group_is_gone(cloud):
+    cloud.gateway.fault = describing("i-1", [(2, [("i-2", "5", "InService", "Healthy"), ("i-3", "5", "Pending", "Healthy")])])
+    assert hc.describe_group(gateway_client(cloud), "i-1") == (2, 1, [(5, "InService", "Healthy"), (5, "Pending", "Healthy")])
+    cloud.gateway.fault = describing("i-1", [])
+    with pytest.raises(hc.NotInGroup):
+        hc.describe_group(gateway_client(cloud), "i-1")
+
+
+@pytest.fixture
+def marking(cloud, monkeypatch):
+    """Carries out one order under a limit of 40 %; returns its outcome, and what was called for it."""
+    for name, value in cloud.env.items():
+        monkeypatch.setenv(name, value)
+    marker = hc.Marker(hc.Inbox(), False)
+
+    def carry_out(status="Unhealthy", limit=40):
+        marker.wanted, before = status, len(cloud.gateway.calls)
+        outcome = marker.carry_out(hc.Order(status, hc.Seen(), limit))
+        return outcome, [action for _, action, _ in cloud.gateway.calls[before:]]
+
+    return carry_out
+
+
+LOOK = ["DescribeAutoScalingInstances", "DescribeAutoScalingGroups"]
+
+
+def test_over_the_limit_no_call_is_made_until_the_group_can_spare_the_instance(cloud, marking):
+    other = cloud.moto.instances()[1]["InstanceId"]
+    cloud.moto.api.set_instance_health(InstanceId=other, HealthStatus="Unhealthy")
+    try:
+        outcome, calls = marking()
+        assert (outcome.kind, outcome.text, outcome.acted) == (hc.CROWDED, "max_unhealthy: more than 40% of the group is out", False)
+        assert calls == LOOK and cloud.health() == "Healthy"
+        assert marking(limit=100)[1] == [*LOOK, "SetInstanceHealth"]
+        cloud.moto.api.set_instance_health(InstanceId=cloud.instance, HealthStatus="Healthy")
+    finally:
+        cloud.moto.api.set_instance_health(InstanceId=other, HealthStatus="Healthy")
+    outcome, calls = marking()
+    assert (outcome.kind, calls) == (hc.CALLED, [*LOOK, "SetInstanceHealth"]) and cloud.health() == "Unhealthy"
+
+
+def test_a_mark_is_taken_back_whatever_the_limit_says_and_without_a_look(cloud, marking):
+    cloud.moto.api.set_instance_health(InstanceId=cloud.instance, HealthStatus="Unhealthy")
+    cloud.gateway.fault = lambda request, action: action in LOOK and (request.refuse(403, "AccessDenied", "x") or True)
+    outcome, calls = marking("Healthy", limit=1)
+    assert (outcome.kind, calls) == (hc.CALLED, ["SetInstanceHealth"]) and cloud.health() == "Healthy"
+
+
+def test_without_a_limit_the_group_is_not_described(cloud, marking):
+    outcome, calls = marking(limit=None)
+    assert (outcome.kind, calls) == (hc.CALLED, ["SetInstanceHealth"])
+
+
+DENIED = "User: arn:aws:sts::1:assumed-role/r/i-1 is not authorized to perform: autoscaling:{0}"
+
+
+@pytest.mark.parametrize("denied", LOOK)
+@pytest.mark.parametrize("status, code", [(403, "AccessDenied"), (400, "Throttling"), (500, "InternalFailure")])
+def test_a_group_that_cannot_be_described_is_not_marked_in(cloud, marking, denied, status, code):
+    cloud.gateway.fault = lambda request, action: action == denied and (request.refuse(status, code, DENIED.format(action)) or True)
+    outcome, calls = marking()
+    assert outcome.kind == hc.CROWDED and outcome.level == hc.logging.ERROR and not outcome.acted
+    assert "SetInstanceHealth" not in calls and cloud.health() == "Healthy"
+    if code == "AccessDenied":
+        assert outcome.text.endswith("-- allow autoscaling:DescribeAutoScaling* in the policy of the instance's role")
+        assert f"autoscaling:{denied}" in outcome.text
+
+
+@pytest.fixture
+def hurried(monkeypatch, tmp_path):
+    """The program waits for up to half a second, and not half a minute, before it looks at the group."""
+    text, window = PROGRAM.read_text(), "max(frequency, 30.0)"
+    assert text.count(window) == 1
+    (tmp_path / "program.py").write_text(text.replace(window, "0.5"))
+    monkeypatch.setitem(globals(), "PROGRAM", tmp_path / "program.py")
+
+
+def test_a_description_that_is_denied_holds_with_one_error_line_and_is_warned_of_at_boot(cloud, hurried):
+    cloud.gateway.fault = lambda request, action: action in LOOK and (request.refuse(403, "AccessDenied", DENIED.format(action)) or True)
+    with sick(cloud, top={"max_unhealthy": "40%"}) as program:
+        allow = "is not authorized to perform: autoscaling:DescribeAutoScalingInstances -- allow autoscaling:DescribeAutoScaling\\* in the policy"
+        program.wait_for("WARNING A mark would not succeed now: .*" + allow)
+        program.wait_for("ERROR Not marking i-[0-9a-f]+ as Unhealthy now, looking again in [0-9]+s: .*" + allow)
+        wait_until(lambda: len(cloud.gateway.calls) > 6, "more looks")
+        assert len([line for line in program.err if "ERROR" in line]) == 1
+        assert not cloud.gateway.marks()
+        cloud.gateway.fault = None
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+        assert program.stop() == (0, pytest.approx(0, abs=1))
+
+
+def test_over_the_limit_the_program_holds_until_the_group_recovers(cloud, hurried):
+    other = cloud.moto.instances()[1]["InstanceId"]
+    cloud.moto.api.set_instance_health(InstanceId=other, HealthStatus="Unhealthy")
+    try:
+        with sick(cloud, top={"max_unhealthy": "40%"}) as program:
+            program.wait_for("Not marking i-[0-9a-f]+ as Unhealthy now, looking again in [0-9]+s: max_unhealthy: more than 40%")
+            looks = len(cloud.gateway.calls)
+            wait_until(lambda: len(cloud.gateway.calls) > looks + 6, "more looks")
+            assert len([line for line in program.err if "Not marking" in line]) == 1 and not cloud.gateway.marks()
+            cloud.moto.api.set_instance_health(InstanceId=other, HealthStatus="Healthy")
+            wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+            program.wait_for("Marked Instance as Unhealthy: " + cloud.instance)
+    finally:
+        cloud.moto.api.set_instance_health(InstanceId=other, HealthStatus="Healthy")
+
+
+@pytest.mark.parametrize("limit, described", [("40%", LOOK), (None, [])])
+def test_the_rehearsal_describes_the_group_when_there_is_a_limit_and_marks_nothing(cloud, limit, described):
+    with sick(cloud, checks={"web": {**DEAD, "threshold": "1000"}}, top={"max_unhealthy": limit} if limit else {}) as program:
+        program.wait_for("Ready to mark i-")
+        assert [action for _, action, _ in cloud.gateway.calls] == described
+        assert not [line for line in program.err if "A mark would not succeed" in line]
+
+
+def test_a_pause_of_the_process_any_number_of_times_is_no_evidence(cloud):
+    with serving(lambda connection: [time.sleep(0.05), answering(OK)(connection)]) as port:
+        web = {"endpoint": f"http://127.0.0.1:{port}/", "frequency": "100ms", "timeout": "300ms", "threshold": "2"}
+        tcp = {"type": "tcp", "endpoint": f"127.0.0.1:{port}", "frequency": "50ms", "timeout": "200ms", "threshold": "2"}
+        with sick(cloud, checks={"web": web, "tcp": tcp}) as program:
+            program.wait_for("Verdict healthy")
+            for _ in range(8):
+                program.process.send_signal(signal.SIGSTOP)
+                time.sleep(1)
+                program.process.send_signal(signal.SIGCONT)
+                before = probes(program)
+                wait_until(lambda: probes(program) > before + 5, "probes after a pause")
+            for name in ("web", "tcp"):  # at most one failure for each pause, and none after it
+                assert len([line for line in program.err if f"Check {name} failed (1 of 2)" in line]) <= 8
+            assert not [line for line in program.lines if " failing " in line] and not cloud.gateway.calls
+            assert program.stop() == (0, pytest.approx(0, abs=1))
+
+
+@pytest.mark.parametrize("gap", [0, 0.002, 0.05])
+def test_two_signals_at_once_are_both_acted_on(tmp_path, gap):
+    (tmp_path / "f.yml").write_text(yaml_of({"web": DEAD}, graceperiod="1h", frequency="1h"))
+    for _ in range(6):
+        with Program("-dry-run", "-healthcheckfile", str(tmp_path / "f.yml")) as program:
+            program.wait_for("Ready")
+            program.process.send_signal(signal.SIGHUP)
+            time.sleep(gap)
+            assert program.stop() == (0, pytest.approx(0, abs=1))
+
+
+def test_a_signal_at_any_moment_ends_it_within_a_second_and_without_a_traceback(cloud):
+    for n in range(30):
+        with sick(cloud) as program:
+            time.sleep(n * 0.03)
+            # Before the program is there to see it, Python itself takes SIGINT, and tells.
+            status, seconds = program.stop(signal.SIGINT if n % 2 and program.lines else signal.SIGTERM)
+            assert status in (0, -signal.SIGTERM) and seconds < 1, program.lines
+            assert status == 0 or not program.lines
+
+
+def test_reloads_of_all_kinds_while_probes_hang(cloud, tmp_path):
+    path = tmp_path / "f.yml"
+    with serving(lambda connection: time.sleep(PATIENCE)) as port:
+        hangs = {"endpoint": f"http://127.0.0.1:{port}/", "timeout": "20s", "frequency": "100ms", "threshold": "1"}
+        path.write_text(yaml_of({"hangs": hangs, "web": {**DEAD, "threshold": "100"}}, graceperiod="0", frequency="300ms"))
+        with Program("-verbose", "-healthcheckfile", str(path), env=cloud.env) as program:
+            wait_until(lambda: probes(program) > 2, "probes")
+            for number, content in enumerate((b"nonsense", None, b"\xff", b"checks:\n"), 1):
+                path.write_bytes(content) if content is not None else path.unlink()
+                program.process.send_signal(signal.SIGHUP)
+                program.wait_for(f"Configuration not reloaded, the old one stays: {path}", number)
+            path.unlink()
+            os.mkfifo(path)
+            program.process.send_signal(signal.SIGHUP)
+            program.wait_for("is not a file any more")
+            path.unlink()
+            before = probes(program)
+            path.write_text(yaml_of({"hangs": hangs, "web": {**DEAD, "threshold": "100"}, "new": {**DEAD, "threshold": "1"}}, graceperiod="0", frequency="300ms"))
+            program.process.send_signal(signal.SIGHUP)
+            program.process.send_signal(signal.SIGHUP)
+            program.wait_for("Configuration reloaded: hangs, web, new")
+            wait_until(lambda: probes(program) > before + 5, "probes after the reload")
+            assert len([line for line in program.err if "Check web failed (1 of 100)" in line]) == 1  # it has kept its count
+            wait_until(lambda: cloud.health() == "Unhealthy", "the mark for the new check")
+            assert program.stop() == (0, pytest.approx(0, abs=1))
+
+
+@pytest.mark.parametrize("fault", ["full disk", "closed pipe", "nobody reads"])
+def test_a_log_that_cannot_be_written_stops_nothing(cloud, tmp_path, fault):
+    (tmp_path / "f.yml").write_text(yaml_of({"web": DEAD}, graceperiod="0", frequency="300ms"))
+    reader, writer = os.pipe()
+    if fault == "full disk":
+        os.close(writer)
+        writer = os.open("/dev/full", os.O_WRONLY)
+    elif fault == "closed pipe":
+        os.close(reader)
+        reader = None
+    else:
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"x" * 4096)
+        os.set_blocking(writer, True)
+    process = subprocess.Popen(
+        [sys.executable, str(PROGRAM), "-verbose", "-healthcheckfile", str(tmp_path / "f.yml")],
+        stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env={**os.environ, **cloud.env},
+    )  # fmt: skip
+    try:
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+        wait_until(lambda: len(cloud.gateway.marks()) >= 3, "more calls")
+        start = time.monotonic()
+        process.terminate()
+        assert process.wait(PATIENCE) == 0 and time.monotonic() - start < 1
+    finally:
+        process.kill()
+        process.wait()
+        for descriptor in (reader, writer):
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+def test_lines_that_nobody_took_are_counted(tmp_path):
+    probed = []
+    with serving(probed.append) as port:
+        tcp = {"type": "tcp", "endpoint": f"127.0.0.1:{port}", "frequency": "10ms"}
+        (tmp_path / "f.yml").write_text(yaml_of({f"c{n}": tcp for n in range(20)}, graceperiod="0"))
+        reader, writer = os.pipe()
+        process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), "-dry-run", "-verbose", "-healthcheckfile", str(tmp_path / "f.yml")],
+            stdin=subprocess.DEVNULL, stdout=writer, stderr=writer,
+        )  # fmt: skip
+        try:
+            os.close(writer)
+            wait_until(lambda: len(probed) > 4000, "more lines than pipe and queue hold")
+            giving_up = threading.Timer(PATIENCE, process.kill)
+            giving_up.start()
+            with open(reader) as pipe:
+                assert any(re.search(r"WARNING \d+ lines of log were lost here", line) for line in pipe)
+            giving_up.cancel()
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize("fault", ["gone", "read-only", "a directory in the way"])
+def test_a_status_file_in_trouble_stops_nothing(cloud, tmp_path, fault):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    with sick(cloud, env={"RUNTIME_DIRECTORY": str(directory)}, checks={"web": {**DEAD, "threshold": "20"}}) as program:
+        wait_until(lambda: (directory / "status.json").exists(), "status.json")
+        if fault == "gone":
+            shutil.rmtree(directory)
+        elif fault == "read-only":
+            subprocess.run(["mount", "--bind", "-o", "ro", str(directory), str(directory)], check=True)
+        else:
+            (directory / "status.json").unlink()
+            (directory / "status.json").mkdir()
+        try:
+            program.wait_for("WARNING status.json cannot be written: ")
+            wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+            assert program.stop() == (0, pytest.approx(0, abs=1))
+        finally:
+            if fault == "read-only":
+                subprocess.run(["umount", str(directory)], check=True)
+    assert len([line for line in program.err if "cannot be written" in line]) == 1
+
+
+def test_a_mark_is_taken_back_by_the_next_run(cloud, tmp_path):
+    with service_manager(tmp_path) as (env, messages, stored):
+        with sick(cloud, env=env) as program:
+            wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+            assert stored == ["marked"]
+            program.process.kill()
+        with serving(answering(OK)) as port:
+            service = {"web": {**DEAD, "endpoint": f"http://127.0.0.1:{port}/"}}
+            # As systemd starts it again (sd_listen_fds(3)): with what it has stored, and the names of that.
+            again = ["sh", "-c", 'LISTEN_PID=$$ LISTEN_FDNAMES=marked exec "$@"', "sh"]
+            with sick(cloud, env=env, checks=service, prefix=again) as program:
+                wait_until(lambda: cloud.health() == "Healthy", "the mark to be taken back")
+                wait_until(lambda: not stored, "systemd to be told")
+                program.stop()
+
+
+def limit(program, *options):
+    subprocess.run(["prlimit", "--pid", str(program.process.pid), *options], check=True)
+
+
+def test_running_out_of_descriptors_is_no_evidence_and_is_survived(cloud):
+    with serving(answering(OK)) as port:
+        web = {**DEAD, "endpoint": f"http://localhost:{port}/", "threshold": "2"}
+        tcp = {"type": "tcp", "endpoint": f"localhost:{port}", "frequency": "50ms", "threshold": "2"}
+        with sick(cloud, checks={"web": web, "tcp": tcp}) as program:
+            program.wait_for("Ready to mark")  # (before 3.10, the first thread that ends needs a descriptor)
+            program.wait_for("Verdict healthy")
+            limit(program, "--nofile=3:4096")
+            program.wait_for("ERROR A fault of this program, not counted, spoils the probes of web: OSError: .*Too many open files")
+            program.wait_for("ERROR A fault of this program, not counted, spoils the probes of tcp: OSError: .*Too many open files")
+            before = probes(program)
+            wait_until(lambda: probes(program) > before + 20, "probes in vain")
+            assert not [line for line in program.lines if "failed" in line or "failing" in line]
+            limit(program, "--nofile=4096:4096")
+            before = len([line for line in program.out if "Probe of web passed" in line])
+            wait_until(lambda: len([line for line in program.out if "Probe of web passed" in line]) > before + 3, "probes that pass")
+            assert not [line for line in program.lines if "failing" in line] and not cloud.gateway.calls
+
+
+def test_a_mark_without_descriptors_is_made_when_there_are_some_again(cloud):
+    with sick(cloud, checks={"web": {**DEAD, "threshold": "15"}}) as program:
+        program.wait_for("Ready to mark")
+        cloud.metadata.fault = lambda request: limit(program, "--nofile=3:4096")  # as soon as it begins with an order
+        program.wait_for("Could not mark .*Too many open files", 2)
+        assert not cloud.gateway.calls
+        cloud.metadata.fault = None
+        limit(program, "--nofile=4096:4096")
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+
+
+# The limit on the threads of a user holds for users who are not root.
+USER = ["setpriv", "--reuid=54321", "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+
+
+def test_threads_that_cannot_be_made_are_made_later(cloud, tmp_path):
+    (tmp_path / "f.yml").write_text(yaml_of({f"web{n}": DEAD for n in range(5)}, graceperiod="0", frequency="300ms"))
+    prefix = [*USER, "prlimit", "--nproc=4:100"]
+    environment = {"PATH": os.environ["PATH"], **cloud.env}
+    process = subprocess.Popen(
+        [*prefix, sys.executable, str(PROGRAM), "-healthcheckfile", str(tmp_path / "f.yml")],
+        stdin=subprocess.DEVNULL, stdout=open(tmp_path / "out", "w"), stderr=open(tmp_path / "err", "w"), env=environment,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: "Threads cannot be started, trying at each verdict" in (tmp_path / "err").read_text(), "the shortage")
+        subprocess.run([*USER, "prlimit", "--pid", str(process.pid), "--nproc=100:100"], check=True)
+        wait_until(lambda: "web4 failing" in (tmp_path / "err").read_text(), "all five checks")
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+        assert (tmp_path / "err").read_text().count("Threads cannot be started") == 1
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("megabytes", [1, 3, 6, 10])
+def test_a_memory_limit_reached_while_boto3_is_imported_is_survived(cloud, megabytes):
+    with sick(cloud, checks={"web": {**DEAD, "threshold": "15"}}) as program:
+        program.wait_for("Ready to mark")
+        status = pathlib.Path(f"/proc/{program.process.pid}/status").read_text()
+        size = int(re.search(r"VmData:\s+(\d+) kB", status)[1]) * 1024
+        limit(program, f"--data={size + megabytes * 2**20}:unlimited")
+        crashed = wait_until(
+            lambda: program.process.poll() or re.search("Could not mark|fault of|AWS is gone|thread of", "\n".join(program.lines)),
+            "the shortage",
+        )  # fmt: skip
+        limit(program, "--data=unlimited:unlimited")
+        # CPython itself may crash when memory runs out; then the service manager starts the program again.
+        wait_until(lambda: program.process.poll() or cloud.health() == "Unhealthy", "the mark")
+        crashed = program.process.poll()
+        assert crashed in (None, -signal.SIGSEGV, -signal.SIGABRT)
+    if crashed:
+        with sick(cloud) as program:
+            wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+
+
+def test_boto3_broken_after_the_start_and_repaired_is_found_again(cloud, tmp_path):
+    import boto3
+
+    home = pathlib.Path(boto3.__file__).parent
+    (tmp_path / "boto3").symlink_to(home)
+    with sick(cloud, env={"PYTHONPATH": str(tmp_path)}, checks={"web": {**DEAD, "threshold": "15"}}) as program:
+        program.wait_for("Ready to mark")
+        (tmp_path / "boto3").unlink()
+        (tmp_path / "boto3").mkdir()
+        (tmp_path / "boto3" / "__init__.py").write_text("from nowhere import nothing")
+        program.wait_for("Could not mark .* -- boto3 is missing or broken: install the package python3-boto3", 2)
+        shutil.rmtree(tmp_path / "boto3")
+        (tmp_path / "boto3").symlink_to(home)
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+
+
+PRELOADED = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <semaphore.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/select.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+/* What the test writes into the file $FAULTS: seconds to step the wall clock by, and a thread to hit. */
+struct faults { long step, kill_a_sleeper, hang_a_sleeper, no_files; };
+static volatile struct faults *faults(void) {
+    static volatile struct faults *shared;
+    if (!shared) shared = mmap(0, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED, open(getenv("FAULTS"), O_RDWR), 0);
+    return shared;
+}
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    int result = syscall(SYS_clock_gettime, clock, now);
+    if (!result && clock == CLOCK_REALTIME) now->tv_sec += faults()->step;
+    return result;
+}
+int gettimeofday(struct timeval *now, void *zone) {
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    now->tv_sec = t.tv_sec, now->tv_usec = t.tv_nsec / 1000;
+    return 0;
+}
+time_t time(time_t *now) {
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
+    return now ? (*now = t.tv_sec) : t.tv_sec;
+}
+/* As the kernel does: the wait ends when the wall clock, with its steps, reaches the moment. */
+int sem_timedwait(sem_t *sem, const struct timespec *moment) {
+    static int (*real)(sem_t *, const struct timespec *);
+    if (!real) real = dlsym(RTLD_NEXT, "sem_timedwait");
+    for (;;) {
+        struct timespec now, slice = {0, 0};
+        clock_gettime(CLOCK_REALTIME, &now);
+        if (now.tv_sec > moment->tv_sec || (now.tv_sec == moment->tv_sec && now.tv_nsec >= moment->tv_nsec)) return real(sem, &slice);
+        syscall(SYS_clock_gettime, CLOCK_REALTIME, &slice);
+        slice.tv_nsec += 5000000;
+        if (slice.tv_nsec >= 1000000000) slice.tv_nsec -= 1000000000, slice.tv_sec++;
+        int result = real(sem, &slice);
+        if (!result || errno != ETIMEDOUT) return result;
+    }
+}
+int sem_clockwait(sem_t *sem, clockid_t clock, const struct timespec *moment) {
+    static int (*real)(sem_t *, clockid_t, const struct timespec *);
+    if (clock == CLOCK_REALTIME) return sem_timedwait(sem, moment);
+    if (!real) real = dlsym(RTLD_NEXT, "sem_clockwait");
+    return real(sem, clock, moment);
+}
+/* The system is out of descriptors (its limit, fs.file-max, is everybody's: no test can lower it). */
+int socket(int family, int kind, int protocol) {
+    return faults()->no_files ? (errno = ENFILE, -1) : syscall(SYS_socket, family, kind, protocol);
+}
+int pipe2(int ends[2], int flags) {
+    return faults()->no_files ? (errno = ENFILE, -1) : syscall(SYS_pipe2, ends, flags);
+}
+/* A thread in time.sleep(): made to raise SystemExit, or never to wake. */
+static void hit(void) {
+    if (__sync_bool_compare_and_swap(&faults()->hang_a_sleeper, 1, 0)) for (;;) pause();
+    if (__sync_bool_compare_and_swap(&faults()->kill_a_sleeper, 1, 0)) {
+        int (*ensure)(void) = dlsym(RTLD_DEFAULT, "PyGILState_Ensure");
+        void (*release)(int) = dlsym(RTLD_DEFAULT, "PyGILState_Release");
+        unsigned long (*self)(void) = dlsym(RTLD_DEFAULT, "PyThread_get_thread_ident");
+        int (*raise)(unsigned long, void *) = dlsym(RTLD_DEFAULT, "PyThreadState_SetAsyncExc");
+        void **exit = dlsym(RTLD_DEFAULT, "PyExc_SystemExit");
+        int state = ensure();
+        raise(self(), *exit);
+        release(state);
+    }
+}
+int clock_nanosleep(clockid_t clock, int flags, const struct timespec *moment, struct timespec *left) {
+    static int (*real)(clockid_t, int, const struct timespec *, struct timespec *);
+    if (!real) real = dlsym(RTLD_NEXT, "clock_nanosleep");
+    int result = real(clock, flags, moment, left);
+    hit();
+    return result;
+}
+int select(int count, fd_set *r, fd_set *w, fd_set *e, struct timeval *timeout) {
+    static int (*real)(int, fd_set *, fd_set *, fd_set *, struct timeval *);
+    if (!real) real = dlsym(RTLD_NEXT, "select");
+    int result = real(count, r, w, e, timeout);
+    if (!count) hit();
+    return result;
+}
+"""
+
+
+class Faults:
+    """A preloaded library that steps the wall clock of a process, and hits its threads."""
+
+    def __init__(self, directory):
+        self.library, self.path = directory / "faults.so", directory / "faults"
+        (directory / "faults.c").write_text(PRELOADED)
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", self.library, directory / "faults.c", "-ldl"], check=True)
+        self.set()
+
+    @property
+    def env(self):
+        return {"LD_PRELOAD": str(self.library), "FAULTS": str(self.path)}
+
+    def set(self, step=0, kill=0, hang=0, no_files=0):
+        with open(self.path, "r+b" if self.path.exists() else "wb") as file:
+            file.write(struct.pack("llll", step, kill, hang, no_files))
+
+
+@pytest.fixture
+def faults(tmp_path):
+    return Faults(tmp_path)
+
+
+YEAR = 365 * 86400
+
+
+def test_the_preloaded_library_steps_the_clock_of_timed_waits(faults):
+    script = "import threading, time; start = time.monotonic(); threading.Event().wait(8); print(time.monotonic() - start, time.time())"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, **faults.env})
+    time.sleep(1)
+    faults.set(step=YEAR)
+    waited, wall = map(float, process.communicate(timeout=PATIENCE)[0].split())
+    assert wall > time.time() + YEAR / 2
+    assert waited > 7.9 or sys.version_info < (3, 11)
+    assert waited < 7 or sys.version_info >= (3, 9)  # so the fault is real where it can be
+
+
+@pytest.mark.parametrize("years", [1, -1])
+def test_a_wall_clock_stepped_by_a_year_changes_nothing(cloud, faults, years):
+    # With credentials of the environment: those of metadata expire by the wall clock.
+    env = {**faults.env, "AWS_ACCESS_KEY_ID": "A", "AWS_SECRET_ACCESS_KEY": "S"}
+    with serving(answering(OK)) as port:
+        web = {**DEAD, "endpoint": f"http://127.0.0.1:{port}/", "frequency": "200ms"}
+        with sick(cloud, checks={"web": web}, env=env) as program:
+            program.wait_for("Verdict healthy")
+            faults.set(step=years * YEAR)
+            before, start = probes(program), time.monotonic()
+            wait_until(lambda: probes(program) >= before + 15, "probes on their grid")
+            assert 2.7 < time.monotonic() - start < 15  # 15 x 200 ms, and never all at once
+            faults.set(step=0)
+            before, start = probes(program), time.monotonic()
+            wait_until(lambda: probes(program) >= before + 10, "probes on their grid")
+            assert 1.7 < time.monotonic() - start < 15
+            faults.set(step=years * YEAR)
+            assert "failed" not in "\n".join(program.lines)
+    # nothing listens any more
+    with sick(cloud, checks={"web": web}, env=env) as program:
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+        faults.set(step=-years * YEAR)
+        count = len(cloud.gateway.marks())
+        wait_until(lambda: len(cloud.gateway.marks()) >= count + 2, "more calls")
+        assert program.stop() == (0, pytest.approx(0, abs=1))
+
+
+def test_when_the_system_is_out_of_descriptors_its_services_fail_and_the_mark_gets_through_after_it(cloud, faults):
+    with serving(answering(OK)) as port:
+        web = {**DEAD, "endpoint": f"http://localhost:{port}/"}
+        with sick(cloud, checks={"web": web}, env=faults.env) as program:
+            program.wait_for("Ready to mark")
+            program.wait_for("Verdict healthy")
+            faults.set(no_files=1)
+            program.wait_for("Check web failing .*Too many open files in system")
+            program.wait_for("Could not mark", 2)
+            faults.set(no_files=0)
+            program.wait_for("Verdict healthy", 2)
+            assert cloud.health() == "Healthy" and not cloud.gateway.calls
+            assert program.stop() == (0, pytest.approx(0, abs=1))
+
+
+def test_a_check_loop_that_died_is_started_again(cloud, faults):
+    with sick(cloud, env=faults.env, checks={"web": {**DEAD, "threshold": "40"}}) as program:
+        wait_until(lambda: probes(program) >= 5, "probes")
+        for number in range(1, 4):
+            faults.set(kill=1)
+            program.wait_for("The loop of check web is gone: starting it again", number)
+        before = probes(program)
+        wait_until(lambda: probes(program) > before + 3, "probes of the new loop")
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+
+
+@contextlib.contextmanager
+def service_manager(tmp_path):
+    """A notify socket as systemd has one; yields (environment, messages with their times, names of stored descriptors)."""
+    messages, stored = [], []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+
+        def listen():
+            with contextlib.suppress(OSError):
+                while True:
+                    data, descriptors, _, _ = manager.recvmsg(4096, socket.CMSG_SPACE(4))
+                    messages.append((time.monotonic(), data.decode()))
+                    name = re.search("^FDNAME=(.*)", data.decode(), re.M)
+                    if descriptors:
+                        os.close(struct.unpack("i", descriptors[0][2])[0])
+                        stored.append(name[1])
+                    elif "FDSTOREREMOVE=1" in data.decode():
+                        stored.remove(name[1])
+
+        threading.Thread(target=listen, daemon=True).start()
+        yield {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000"}, messages, stored
+        manager.shutdown(socket.SHUT_RDWR)
+
+
+def test_systemd_is_told_what_its_protocol_asks_for(cloud, tmp_path):
+    path = tmp_path / "f.yml"
+    path.write_text(yaml_of({"web": {**DEAD, "threshold": "1000"}}, graceperiod="0", frequency="200ms"))
+    with service_manager(tmp_path) as (env, messages, _):
+
+        def said(text, since=0):
+            return [when for when, message in list(messages)[since:] if message.startswith(text)]
+
+        with Program("-healthcheckfile", str(path), env={**cloud.env, **env}) as program:
+            program.wait_for("Ready to mark")
+            wait_until(lambda: said("READY=1"), "READY")
+            assert not [when for when in said("READY=1") if when < program.times[program.wait_for("Ready") + "\n"] - 1]
+            assert said("STATUS=")
+            wait_until(lambda: len(said("WATCHDOG=1")) >= 8, "the watchdog to be fed")
+            assert all(b - a < 1.5 for a, b in zip(said("WATCHDOG=1"), said("WATCHDOG=1")[1:]))
+            for content in (path.read_text(), "nonsense"):
+                path.write_text(content)
+                before = len(messages)
+                program.process.send_signal(signal.SIGHUP)
+                wait_until(lambda: said("READY=1", before) and said("RELOADING=1\nMONOTONIC_USEC=", before), "RELOADING, then READY")
+                assert said("RELOADING", before)[0] <= said("READY", before)[-1]
+            program.process.send_signal(signal.SIGSTOP)
+            time.sleep(0.5)
+            fed = len(said("WATCHDOG=1"))
+            time.sleep(2)
+            assert len(said("WATCHDOG=1")) == fed  # a main thread that is stuck feeds nothing
+            program.process.send_signal(signal.SIGCONT)
+            wait_until(lambda: len(said("WATCHDOG=1")) > fed, "the watchdog to be fed again")
+            assert program.stop() == (0, pytest.approx(0, abs=1))
+            wait_until(lambda: said("STOPPING=1\nSTATUS=stopped by SIGTERM"), "STOPPING")
+
+
+def test_the_watchdog_is_withheld_while_a_check_loop_is_stuck(cloud, tmp_path, faults):
+    with service_manager(tmp_path) as (env, messages, _):
+        with sick(cloud, env={**env, **faults.env}, checks={"web": {**DEAD, "threshold": "100000"}}) as program:
+            wait_until(lambda: len([1 for _, message in messages if message == "WATCHDOG=1"]) > 3, "the watchdog to be fed")
+            faults.set(hang=1)
+            wait_until(lambda: messages[-1][0] - [when for when, message in messages if message == "WATCHDOG=1"][-1] > 3, "it to be withheld")
+            assert program.process.poll() is None
+
+
+def test_a_rehearsal_that_hangs_is_ended_and_told(cloud, tmp_path):
+    (tmp_path / "boto3").mkdir()
+    (tmp_path / "boto3" / "__init__.py").write_text("import signal, time\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\ntime.sleep(3600)")
+    (tmp_path / "quick.py").write_text(
+        "import sys\nsys.path.insert(0, sys.argv.pop(1))\nimport ec2_local_healthchecker as hc\nhc.Rehearsal.TIME = 1.0\nimport os\nos._exit(hc.main())"
+    )
+    with service_manager(tmp_path) as (env, messages, _):
+        process = subprocess.Popen(
+            [sys.executable, str(tmp_path / "quick.py"), str(HERE), "-healthcheckfile=-"], stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, **cloud.env, **env, "PYTHONPATH": str(tmp_path)}, universal_newlines=True, start_new_session=True,
+        )  # fmt: skip
+        process.stdin.write(yaml_of({"web": DEAD}, graceperiod="1h", frequency="1h"))
+        process.stdin.close()
+        wait_until(lambda: [1 for _, message in messages if message == "READY=1"], "READY in spite of it")
+        assert "gave no answer in 1s" in process.stderr.readline()
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+        children = subprocess.run(["pgrep", "-s", str(process.pid)], stdout=subprocess.PIPE, universal_newlines=True).stdout
+        assert not children
+
+
+def resources(program):
+    status = pathlib.Path(f"/proc/{program.process.pid}/status").read_text()
+    return {
+        "memory": int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]),
+        "threads": int(re.search(r"Threads:\s+(\d+)", status)[1]),
+        "descriptors": len(os.listdir(f"/proc/{program.process.pid}/fd")),
+    }
+
+
+def test_a_hundred_checks_of_all_sorts_leak_nothing_and_keep_their_rates(cloud, authority):
+    drip = endless(b"H", 0.05)
+    sorts = [
+        answering(OK), lambda connection: None, lambda connection: time.sleep(1), drip, answering(redirect("/")),
+        answering("HTTP/1.1 500 No\r\n\r\n"), answering("nonsense\r\n"), answering("HTTP/1.1 103 Hints\r\n\r\n" + OK),
+    ]  # fmt: skip
+    minute = float(os.environ.get("MINUTES", "0.4")) * 60
+    with contextlib.ExitStack() as stack:
+        ports = [stack.enter_context(serving(talk)) for talk in sorts]
+        ports.append(stack.enter_context(tls_serving(authority, "127.0.0.1")))
+        ports.append(1)
+        checks = {}
+        for n in range(100):
+            sort = n % len(ports)
+            scheme = "https" if sort == 8 else "http"
+            checks[f"c{n}"] = {
+                "endpoint": f"{scheme}://127.0.0.1:{ports[sort]}/", "timeout": "500ms", "frequency": "2s", "threshold": "999999",
+                "tls_verify": "false",
+            }  # fmt: skip
+            if n % 20 == 19:
+                checks[f"c{n}"] = {"type": "tcp", "endpoint": f"127.0.0.1:{ports[0]}", "frequency": "1s"}
+        with sick(cloud, checks=checks, top={"frequency": "1s"}) as program:
+            wait_until(lambda: probes(program, "c99") > 5, "probes")
+            before, counts, start = resources(program), collections.Counter(), time.monotonic()
+            first = {name: probes(program, name) for name in checks}
+            time.sleep(minute)
+            seconds = time.monotonic() - start
+            counts = {name: probes(program, name) - first[name] for name in checks}
+            after = resources(program)
+            for name, keys in checks.items():
+                expected = seconds / float(keys["frequency"][:-1])
+                assert abs(counts[name] - expected) <= max(2, 0.1 * expected), (name, counts[name], expected)
+            assert after["threads"] == before["threads"] and abs(after["descriptors"] - before["descriptors"]) <= 100
+            assert after["memory"] < before["memory"] * 1.1 + 1024
+            assert program.stop() == (0, pytest.approx(0, abs=1))
+    assert not cloud.gateway.calls
+
+
+# ---- Service commands; what they do to a real systemd is seen in .ci/boot ----------------------
+
+
+def systemctl_saying(tmp_path, text):
+    """An environment whose systemctl only prints."""
+    (tmp_path / "systemctl").write_text(f"#!/bin/sh\ncat <<'END'\n{text}\nEND\n")
+    (tmp_path / "systemctl").chmod(0o755)
+    return {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize("command", ["install", "remove", "start", "stop"])
+def test_what_changes_the_service_needs_root(command):
+    program = run("-command", command, prefix=USER)
+    assert program.process.returncode == 1
+    assert program.lines == [f"ec2-local-healthchecker: -command {command} needs root: run it with sudo"]
+
+
+@pytest.mark.parametrize(
+    "version, said",
+    [
+        (None, "there is no systemctl on this machine, and the service needs it"),
+        ("systemd 239 (239-58.el8)", "the service needs systemd 240 or newer"),
+        ("toybox 0.8", "the service needs systemd 240 or newer"),
+    ],
+)
+def test_install_refuses_without_a_systemd_that_is_new_enough(tmp_path, version, said):
+    env = systemctl_saying(tmp_path, version) if version else {"PATH": str(tmp_path)}
+    program = run("-command=install", env=env)
+    assert program.process.returncode == 1 and program.lines == [f"ec2-local-healthchecker: {said}"]
+
+
+def test_install_refuses_to_run_from_standard_input(tmp_path):
+    env = systemctl_saying(tmp_path, "systemd 252")
+    done = subprocess.run([sys.executable, "-", "-command", "install"], input=PROGRAM.read_bytes(), stderr=subprocess.PIPE, env=env)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1
+    assert b"it was run from standard input: fetch it into a file" in done.stderr
+
+
+def shown_status(tmp_path, state, terminal=False, **env):
+    """What -command status prints for an instance with one check of each state, and its exit status."""
+    rig = Rig("graceperiod: 0\nchecks:\n" + "".join(f"  {name}:\n    endpoint: http://localhost/\n" for name in ("a", "bbb", "c")))
+    rig.now = time.monotonic()  # of the same clock as the command's
+    rig.probe("fff", "a", 0)
+    rig.probe("fpppp", "bbb", 0)
+    rig.daemon.next_verdict = rig.now
+    rig.step(0)
+    hc.write_status(str(tmp_path), rig.daemon.as_dict(rig.now, rig.daemon.summary(rig.now)))
+    command = f"mount -t tmpfs tmpfs /run && mkdir /run/healthchecker && cp {tmp_path}/status.json /run/healthchecker && exec "
+    command += f"{sys.executable} {PROGRAM} -command status"
+    environment = {**systemctl_saying(tmp_path, state), **env}
+    if terminal:
+        ours, its = os.openpty()
+        done = subprocess.run(["unshare", "-m", "sh", "-c", command], stdout=its, stderr=its, env=environment)
+        os.close(its)
+        text = os.read(ours, 65536).decode()
+        os.close(ours)
+        return text.replace("\r\n", "\n"), done.returncode
+    done = subprocess.run(["unshare", "-m", "sh", "-c", command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    return done.stdout.decode(), done.returncode
+
+
+ACTIVE = (
+    "LoadState=loaded\nActiveState=active\nSubState=running\nStateChangeTimestamp=Sun 2026-11-22\nUnitFileState=enabled\n"
+    "NRestarts=0\nMainPID=42"
+)
+
+
+def test_status_says_first_what_an_operator_wants_first(tmp_path):
+    text, status = shown_status(tmp_path, ACTIVE)
+    assert status == 0
+    assert re.fullmatch(
+        "healthchecker: active \\(running\\) since Sun 2026-11-22, enabled, restarts: 0\n"
+        "i-1, [0-9]s ago: unhealthy, marking the instance as Unhealthy \\(calls so far: 0\\)\n"
+        "CHECK  STATE    STREAK         LAST FAILURE\n"
+        "a      failing  failed 3 of 3  [0-9]s ago: refused\n"
+        "bbb    healthy  passed 4 of 3  [0-9]s ago: refused\n"
+        "c      unknown  -              -\n",
+        text,
+    ), text
+
+
+def test_status_is_coloured_on_a_terminal_unless_no_color_is_set(tmp_path):
+    plain, _ = shown_status(tmp_path, ACTIVE, terminal=True, NO_COLOR="1")
+    coloured, _ = shown_status(tmp_path, ACTIVE, terminal=True)
+    assert "\x1b" not in plain and "\x1b[31mfailing\x1b[0m" in coloured
+    assert re.sub("[0-9]+s", "", re.sub("\x1b\\[[0-9]*m", "", coloured)) == re.sub("[0-9]+s", "", plain)
+
+
+@pytest.mark.parametrize(
+    "state, said",
+    [
+        (ACTIVE.replace("running", "dead").replace("42", "0"), "healthchecker: inactive (dead) since Sun 2026-11-22, enabled"),
+        (ACTIVE.replace("=loaded", "=not-found").replace("42", "0"), "healthchecker is not installed"),
+    ],
+)
+def test_status_exits_with_3_when_the_service_does_not_run(tmp_path, state, said):
+    text, status = shown_status(tmp_path, state.replace("ActiveState=active", "ActiveState=inactive"))
+    assert status == 3 and text.startswith(said) and "CHECK" not in text
+
+
+@pytest.mark.parametrize("arguments, said", [(["-command", "restart"], "write one of install, remove"), (["-command=install", "-dry-run"], "-dry-run does not go"), (["-fg-exit-early-if-healthy"], "goes with -foreground")])
+def test_a_wrong_service_command_is_a_usage_error(arguments, said):
+    program = run(*arguments)
+    assert program.process.returncode == 2 and said in program.lines[0] and len(program.lines) == 1
+
+
+def test_the_help_fits_80_columns_and_names_every_option():
+    text = hc.usage()
+    assert max(map(len, text.split("\n"))) <= 80
+    assert all(f"  -{name} " in text for name in hc.OPTIONS)
+
+
 # ---- The repository ----------------------------------------------------------------------------
 
 
@@ -2583,7 +4270,20 @@ def test_the_examples_of_the_readme_load():
     for text in blocks("yaml"):
         assert not configured(text).warnings
     for text in blocks("json"):
-        assert json.loads(text)["Statement"]
+        assert {"Statement", "logs"} & set(json.loads(text))
+    script = blocks("bash")[0]
+    assert not configured(re.search("<<'END'\n(.*?)^END$", script, re.M | re.S)[1]).warnings
+
+
+def test_the_user_data_of_the_readme_pins_this_very_file():
+    digest = hashlib.sha256(PROGRAM.read_bytes()).hexdigest()
+    assert f"sha256={digest}\n" in blocks("bash")[0], f"write sha256={digest} in README.md"
+    assert f"-{hc.__version__}.py " in blocks("bash")[0]
+
+
+def test_the_unit_file_is_the_text_that_install_writes():
+    assert (HERE / "healthchecker.service").read_text() == hc.UNIT
+    assert f"ExecStart={hc.INTERPRETER} -I {hc.INSTALLED}\n" in hc.UNIT and f"Alias={hc.ORIGINAL}\n" in hc.UNIT
 
 
 def test_the_readme_names_every_option_and_every_key_with_its_default():
