@@ -139,7 +139,7 @@ def chance_to_go(percent: int, desired: int, weight: int, others) -> float:
     serve of the desired capacity is out; that may come to `percent` of the capacity, rounded down, and always to
     the `weight` of this instance. If it is alone, it goes. If not, what the API answers may be some seconds old,
     and many that look at about the same time see the same room: so each goes by such a chance that a group which
-    fails as a whole, its looks spread over the look window, fills the room in 1/7.5 of that window (4 s of 30).
+    fails as a whole, its looks spread over look_delay, fills the room in 1/7.5 of that time (4 s of 30).
     """
     serving = sum(w for w, state, health in others if state == IN_SERVICE and health.lower() == MARK_HEALTHY.lower())
     out, limit = desired - serving, max(desired * percent // 100, weight)
@@ -148,9 +148,9 @@ def chance_to_go(percent: int, desired: int, weight: int, others) -> float:
     return min(1.0, 7.5 * (limit - out + weight) / desired) if out <= limit else 0.0
 
 
-def look_window(frequency: float) -> float:
-    """Seconds over which the looks of a failing group are spread."""
-    return max(frequency, 30.0)
+def look_delay(frequency: float, dice: float) -> float:
+    """Seconds to wait before looking at the group, so that a failing fleet does not look all at once."""
+    return max(frequency, 30.0) * dice
 
 
 def call_backoff(calls: int, frequency: float, dice: float) -> float:
@@ -1259,12 +1259,21 @@ def read_status(directory: str) -> dict:
 
 
 def write_status(directory: str, status: dict) -> None:
-    """Replace status.json in `directory`, in one step (rename(2)); OSError if that fails."""
-    path = os.path.join(directory, "status.json")
-    with open(path + ".new", "w") as file:
-        os.fchmod(file.fileno(), 0o644)  # readable by all, whatever the umask
-        json.dump(status, file)
-    os.replace(path + ".new", path)
+    """Replace status.json in `directory`, readable by all; OSError if that fails."""
+    replace_file(os.path.join(directory, "status.json"), json.dumps(status).encode(), 0o644)
+
+
+def replace_file(path: str, content: bytes, mode: int) -> None:
+    """Replace a file in one step (rename(2)), with this mode whatever the umask; OSError if that fails."""
+    try:
+        with open(path + ".new", "wb") as file:
+            file.write(content)
+            os.fchmod(file.fileno(), mode)
+        os.replace(path + ".new", path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".new")
+        raise
 
 
 def say(text: str, stream=None) -> int:
@@ -1729,7 +1738,7 @@ class Daemon(Watcher):
     def first_wait(self) -> float:
         """Seconds before the first look at the group, so that a failing fleet does not look all at once."""
         limited = self.config.max_unhealthy is not None and not self.dry_run
-        return limited * random.uniform(0.0, look_window(self.config.frequency))
+        return limited * look_delay(self.config.frequency, random.random())
 
     def give_order(self, now: float) -> None:
         look = self.wanted == MARK_UNHEALTHY and (self.held or now < self.resumed_until)
@@ -1752,10 +1761,11 @@ class Daemon(Watcher):
         elif self.held:
             self.held, self.resumed_until = False, now + self.config.graceperiod + self.first_wait()
         calls = self.calls + 1 if status == self.wanted else 1
+        again = call_backoff(calls, self.config.frequency, random.random())
         delay = {
-            CALLED: call_backoff(calls, self.config.frequency, random.random()),
-            FAILED: call_backoff(calls, self.config.frequency, random.random()),
-            CROWDED: random.uniform(0.0, look_window(self.config.frequency)),
+            CALLED: again,
+            FAILED: again,
+            CROWDED: look_delay(self.config.frequency, random.random()),
             HELD: self.next_verdict - now,
             LOOKED: min(self.next_verdict, max(self.resumed_until, now)) - now,
             WITHDRAWN: max(0.0, self.call_at - now),
@@ -2028,7 +2038,7 @@ def install() -> int:
     with open(source, "rb") as file:
         content = file.read()
     before = re.search(rb'__version__ = "(.*)"', _content(INSTALLED) or b"")
-    changed = _replace_file(INSTALLED, content, 0o755) + _replace_file(UNIT_FILE, UNIT.encode(), 0o644)
+    changed = _install_file(INSTALLED, content, 0o755) + _install_file(UNIT_FILE, UNIT.encode(), 0o644)
     systemctl("daemon-reload")
     systemctl("enable", SERVICE)
     if not changed:
@@ -2103,19 +2113,14 @@ def _content(path: str) -> bytes | None:
         return None
 
 
-def _replace_file(path: str, content: bytes, mode: int) -> bool:
-    """Whether the file had to be changed; it is replaced in one step (rename(2)), for it may be running."""
+def _install_file(path: str, content: bytes, mode: int) -> bool:
+    """Whether the file had to be changed."""
     if _content(path) == content and not os.path.islink(path) and os.stat(path).st_mode & 0o7777 == mode:
         return False
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
-        with open(path + ".new", "wb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), mode)
-        os.replace(path + ".new", path)
+        replace_file(path, content, mode)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(path + ".new")
         raise CommandError(f"{path} cannot be written: {error.strerror}") from None
     return True
 
@@ -2234,10 +2239,8 @@ def parse_command_line(arguments) -> dict:
         else:
             raise UsageError(f"-{name}={shown(value)}: write -{name}=true or -{name}=false")
         if options["help"]:
-            break
+            return options
     others = [f"-{name}" for name, (_, default, _) in OPTIONS.items() if name != "command" and options[name] != default]
-    if options["help"]:
-        return options
     if options["command"] and options["command"] not in COMMANDS:
         raise UsageError(f"-command {shown(options['command'])}: write one of {', '.join(COMMANDS)}")
     if options["command"] and others:
