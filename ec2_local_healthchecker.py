@@ -1387,6 +1387,32 @@ class CheckLoop(threading.Timer):
             return None, printable(f"{type(fault).__name__}: {fault}")
 
 
+START_TIME = 0.5  # seconds in which a new thread begins
+
+
+def start(thread: threading.Thread) -> threading.Thread:
+    """Start a thread of the main thread and return it; RuntimeError if it does not begin in time.
+
+    Thread.start() alone would wait for ever for one that dies of a lack of memory before it begins.
+    """
+
+    def give_up(*_):
+        if not thread.is_alive():
+            raise RuntimeError(f"a thread did not begin in {START_TIME:g}s")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, START_TIME)
+    try:
+        thread.start()
+    except BaseException:
+        if isinstance(thread, threading.Timer):
+            thread.cancel()  # should it begin after all
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return thread
+
+
 # ---- Marker ------------------------------------------------------------------------------------
 # The one thread that talks to AWS: it carries out one order of the main thread at a time. Whether and
 # when to order is the main thread's; whether the call is still wanted is looked at here, as it is sent.
@@ -2312,18 +2338,10 @@ def run(options: dict, config: Config) -> int:
         except OSError as error:
             inbox.put(Rehearsed("", (f"No rehearsal of a mark, no process can be started: {error.strerror}",), Seen()))
     finish = start_logging(options["verbose"])
-    threading.excepthook = lambda fault: log.error("A thread of this program ended: %s", fault.exc_type.__name__)
-    sys.unraisablehook = lambda fault: None
+    errors, sys.stderr = sys.stderr, None  # the log does not need it, and Python would write tracebacks there
 
     def start_loop(check, due):
-        loop = CheckLoop(check, inbox, due)
-        loop.start()
-        return loop
-
-    def start_marker():
-        marker = Marker(inbox, dry_run)
-        marker.start()
-        return marker
+        return start(CheckLoop(check, inbox, due))
 
     def read_config():
         if not os.path.isfile(path):  # a pipe would keep the main thread waiting
@@ -2341,13 +2359,14 @@ def run(options: dict, config: Config) -> int:
             return Gate(config, inbox, now, grace, start_loop, options["fg-exit-early-if-healthy"]).run()
         directory = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
         return Daemon(
-            config, inbox, now, grace, start_loop, start_marker, dry_run,
+            config, inbox, now, grace, start_loop, lambda: start(Marker(inbox, dry_run)), dry_run,
             read_config=None if path == "-" else read_config, directory=directory,
         ).run()  # fmt: skip
     finally:
         if rehearsal:
             rehearsal.kill()
         finish()
+        sys.stderr = errors
 
 
 def begin_anew(code: types.CodeType) -> None:

@@ -3798,7 +3798,7 @@ def test_a_memory_limit_reached_while_boto3_is_imported_is_survived(cloud, megab
         size = int(re.search(r"VmData:\s+(\d+) kB", status)[1]) * 1024
         limit(program, f"--data={size + megabytes * 2**20}:unlimited")
         crashed = wait_until(
-            lambda: program.process.poll() or re.search("Could not mark|fault of|AWS is gone|thread of", "\n".join(program.lines)),
+            lambda: program.process.poll() or re.search("Could not mark|fault of|AWS is gone|did not begin", "\n".join(program.lines)),
             "the shortage",
         )  # fmt: skip
         limit(program, "--data=unlimited:unlimited")
@@ -3833,6 +3833,7 @@ PRELOADED = r"""
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
 #include <semaphore.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -3843,7 +3844,7 @@ PRELOADED = r"""
 #include <unistd.h>
 
 /* What the test writes into the file $FAULTS: seconds to step the wall clock by, and a thread to hit. */
-struct faults { long step, kill_a_sleeper, hang_a_sleeper, no_files; };
+struct faults { long step, kill_a_sleeper, hang_a_sleeper, no_files, stillborn; };
 static volatile struct faults *faults(void) {
     static volatile struct faults *shared;
     if (!shared) shared = mmap(0, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED, open(getenv("FAULTS"), O_RDWR), 0);
@@ -3893,6 +3894,14 @@ int socket(int family, int kind, int protocol) {
 int pipe2(int ends[2], int flags) {
     return faults()->no_files ? (errno = ENFILE, -1) : syscall(SYS_pipe2, ends, flags);
 }
+/* A thread that ends before it begins, as one does for which there is no memory. */
+static void *ending(void *unused) { return 0; }
+int pthread_create(pthread_t *thread, const pthread_attr_t *options, void *(*routine)(void *), void *argument) {
+    static int (*real)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+    if (!real) real = dlsym(RTLD_NEXT, "pthread_create");
+    if (__sync_bool_compare_and_swap(&faults()->stillborn, 1, 0)) routine = ending;
+    return real(thread, options, routine, argument);
+}
 /* A thread in time.sleep(): made to raise SystemExit, or never to wake. */
 static void hit(void) {
     if (__sync_bool_compare_and_swap(&faults()->hang_a_sleeper, 1, 0)) for (;;) pause();
@@ -3937,9 +3946,9 @@ class Faults:
     def env(self):
         return {"LD_PRELOAD": str(self.library), "FAULTS": str(self.path)}
 
-    def set(self, step=0, kill=0, hang=0, no_files=0):
+    def set(self, step=0, kill=0, hang=0, no_files=0, stillborn=0):
         with open(self.path, "r+b" if self.path.exists() else "wb") as file:
-            file.write(struct.pack("llll", step, kill, hang, no_files))
+            file.write(struct.pack("lllll", step, kill, hang, no_files, stillborn))
 
 
 @pytest.fixture
@@ -4012,6 +4021,20 @@ def test_a_check_loop_that_died_is_started_again(cloud, faults):
         before = probes(program)
         wait_until(lambda: probes(program) > before + 3, "probes of the new loop")
         wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+
+
+def test_a_thread_that_never_begins_holds_up_nothing_and_is_started_again(cloud, faults):
+    with sick(cloud, env=faults.env, checks={"web": {**DEAD, "threshold": "40"}}) as program:
+        wait_until(lambda: probes(program) >= 5, "probes")
+        faults.set(kill=1, stillborn=1)
+        program.wait_for("The loop of check web is gone: starting it again")
+        program.wait_for("Threads cannot be started, trying at each verdict: a thread did not begin")
+        before = probes(program)
+        wait_until(lambda: probes(program) > before + 3, "probes of the new loop")
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+        faults.set(kill=1, stillborn=1)
+        program.wait_for("The loop of check web is gone: starting it again", 2)
+        assert program.stop() == (0, pytest.approx(0, abs=1))
 
 
 @contextlib.contextmanager
