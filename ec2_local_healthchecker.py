@@ -1570,7 +1570,8 @@ class Watcher:
                 if self.status is None:
                     self.inbox.wait(wake - time.monotonic())
             except Exception as fault:  # rule 2: whatever it is, the next step is another try
-                log.error("A fault of this program: %s", printable(f"{type(fault).__name__}: {fault}"))
+                with contextlib.suppress(Exception):  # there may be no memory even for this
+                    log.error("A fault of this program: %s", printable(f"{type(fault).__name__}: {fault}"))
                 time.sleep(0.5)
         return self.status
 
