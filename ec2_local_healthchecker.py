@@ -17,7 +17,8 @@ YAML; configuration; probes; EC2 and Auto Scaling; telling; check loops; marker;
 service commands; command line.
 
 Threads: the main thread owns every piece of state and takes every decision. One thread per check probes,
-one talks to AWS, one writes the log; the first two hand the main thread messages and change nothing.
+one talks to AWS, one writes the log, and at first one waits for the rehearsal; they hand the main thread
+messages and change nothing.
 """
 
 from __future__ import annotations
@@ -321,7 +322,7 @@ def _yaml_scalar(groups, number: int) -> str:
 def parse_json(text: str):
     """As parse_yaml, for a JSON object: numbers, true and false come as the text that they are."""
     try:
-        data = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+        data = json.loads(text[text.startswith("\ufeff") :], parse_int=str, parse_float=str, parse_constant=str)
     except json.JSONDecodeError as error:
         raise ConfigError(f"no JSON: {error.msg}", error.lineno) from None
     except RecursionError:
@@ -510,8 +511,7 @@ class Config:
         """The configuration in a YAML or JSON `text`; ConfigError, naming `source`, for the first mistake."""
         warnings: list = []
         try:
-            text = text[text.startswith("\ufeff") :]
-            data, lines = (parse_json if text.startswith("{") else parse_yaml)(text)
+            data, lines = (parse_json if text.startswith(("{", "\ufeff{")) else parse_yaml)(text)
             values = _read_keys(data, (), TOP_KEYS, lines, warnings)
             if not values["checks"]:
                 raise ConfigError("no checks: write at least one, below 'checks:'", lines.get(("checks",), 1))
@@ -1045,7 +1045,7 @@ class NoCredentials(LookupError):
 
 
 def describe_group(client, instance: str):
-    """The (desired capacity, weight of `instance`, others) of its group, as within_limit takes them."""
+    """The (desired capacity, weight of `instance`, others) of its group, as chance_to_go takes them."""
     groups = client.describe_auto_scaling_instances(InstanceIds=[instance])["AutoScalingInstances"]
     pages = client.get_paginator("describe_auto_scaling_groups")
     names = [group["AutoScalingGroupName"] for group in groups]  # an empty list would ask for every group
@@ -1138,7 +1138,8 @@ class Rehearsal:
 
     def kill(self) -> None:
         if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
 
 
 def rehearse(config: Config):
@@ -1191,8 +1192,8 @@ class LossyQueueHandler(logging.handlers.QueueHandler):
             self.lost += 1
 
 
-def start_logging(verbose: bool):
-    """Log to stdout, from WARNING on to stderr; returns what gives the writer time for its last lines."""
+def prepare_logging(verbose: bool):
+    """Log to stdout, from WARNING on to stderr: returns what a thread is to run, and what gives it time at the end."""
     logging.raiseExceptions = False  # a log that cannot be written stops nothing
     logging.getLogger().addHandler(logging.NullHandler())  # what libraries log is not for this log
     lines: queue.Queue = queue.Queue(LOG_QUEUE)
@@ -1207,14 +1208,22 @@ def start_logging(verbose: bool):
     writers[1].setLevel(logging.WARNING)
     log.addHandler(LossyQueueHandler(lines))
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
-    logging.handlers.QueueListener(lines, *writers, respect_handler_level=True).start()
+    listener = logging.handlers.QueueListener(lines, *writers, respect_handler_level=True)
+
+    def write():
+        while True:
+            try:
+                listener.handle(listener.dequeue(True))
+                lines.task_done()
+            except Exception:  # no memory: it would end the listener's own thread
+                time.sleep(0.1)
 
     def finish():
         end = time.monotonic() + FLUSH_TIME
         while lines.unfinished_tasks and time.monotonic() < end:
             time.sleep(0.005)
 
-    return finish
+    return write, finish
 
 
 class Systemd:
@@ -1306,17 +1315,12 @@ class Inbox:
         """Have a signal end the wait too, also when the kernel hands it to another thread."""
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
 
-    def put(self, item) -> None:
-        self.put_quietly(item)
-        self.wake()
-
-    def put_quietly(self, item) -> None:
-        """Hand over what may wait until something else ends the wait."""
+    def put(self, item, wake: bool = True) -> None:
+        """Hand over `item`, and end the wait; or let it lie there until something else does."""
         self._items.append(item)
-
-    def wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # so many wake-ups are as good as one more
-            self._waker.send(b"\0")
+        if wake:
+            with contextlib.suppress(BlockingIOError):  # so many wake-ups are as good as one more
+                self._waker.send(b"\0")
 
     def wait(self, seconds: float) -> None:
         """Return once something is there, or after `seconds`, whatever the wall clock does."""
@@ -1351,6 +1355,7 @@ class CheckLoop(threading.Timer):
     def __init__(self, check: Check, inbox: Inbox, due: float):
         super().__init__(check.frequency, probe_tcp if check.type == "tcp" else probe_http)
         self.daemon = True
+        self.made = time.monotonic()
         self.check = check
         self.tls = Tls(check)
         self.inbox = inbox
@@ -1370,9 +1375,7 @@ class CheckLoop(threading.Timer):
             end = time.monotonic()
             self.due = next_due(self.due, self.interval, end)
             self.probing = None
-            self.inbox.put_quietly(Result(self, number, passed, reason, end - start))
-            if self.awaited or not passed:
-                self.inbox.wake()
+            self.inbox.put(Result(self, number, passed, reason, end - start), wake=self.awaited or not passed)
 
     def attempt(self, number: int):
         try:
@@ -1387,30 +1390,35 @@ class CheckLoop(threading.Timer):
             return None, printable(f"{type(fault).__name__}: {fault}")
 
 
-START_TIME = 0.5  # seconds in which a new thread begins
+START_TIME = 0.05  # seconds that a new thread is waited for
+LATE = 10.0  # seconds past its time that a thread is thought stuck
 
 
 def start(thread: threading.Thread) -> threading.Thread:
-    """Start a thread of the main thread and return it; RuntimeError if it does not begin in time.
+    """Start a thread, from the main thread, and return it, even if it has not begun yet.
 
     Thread.start() alone would wait for ever for one that dies of a lack of memory before it begins.
     """
 
-    def give_up(*_):
+    def stop_waiting(*_):
         if not thread.is_alive():
-            raise RuntimeError(f"a thread did not begin in {START_TIME:g}s")
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise TimeoutError
 
-    signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, START_TIME)
+    signal.signal(signal.SIGALRM, stop_waiting)
+    signal.setitimer(signal.ITIMER_REAL, START_TIME, START_TIME)
     try:
         thread.start()
-    except BaseException:
-        if isinstance(thread, threading.Timer):
-            thread.cancel()  # should it begin after all
-        raise
+    except TimeoutError:
+        pass
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     return thread
+
+
+def gone(thread, now: float) -> bool:
+    """Whether a check loop or the marker has ended; one that has not begun LATE seconds after it was made has died."""
+    return not thread.is_alive() and (thread.ident is not None or now > thread.made + LATE)
 
 
 # ---- Marker ------------------------------------------------------------------------------------
@@ -1453,6 +1461,7 @@ class Marker(threading.Thread):
 
     def __init__(self, inbox: Inbox, dry_run: bool):
         super().__init__(daemon=True)
+        self.made = time.monotonic()
         self.inbox, self.dry_run = inbox, dry_run
         self.orders: queue.SimpleQueue = queue.SimpleQueue()
         self.wanted: str | None = None  # the HealthStatus wanted now; the main thread's to write
@@ -1516,7 +1525,6 @@ class Marker(threading.Thread):
 # nothing blocks. The gate (-foreground) is the same loop with another ending.
 
 HANG_SLACK = 0.25  # seconds past its deadline that a probe has to report its own failure
-LATE = 10.0  # seconds past its due time that a check loop is thought stuck
 ORDER_TIME = 300.0  # seconds after which an order is thought to hang for ever: three attempts, and more
 
 
@@ -1596,13 +1604,14 @@ class Watcher:
             self.threads_missing = False
         except Exception as fault:
             if not self.threads_missing:
-                log.error("Threads cannot be started, trying at each verdict: %s", printable(str(fault)))
+                log.error("Threads cannot be started, trying at each verdict: %s", printable(str(fault) or repr(fault)))
             self.threads_missing = True
 
     def start_missing(self, now: float) -> None:
         for watch in self.watches.values():
-            if watch.loop and not watch.loop.is_alive():
+            if watch.loop and gone(watch.loop, now):
                 log.error("The loop of check %s is gone: starting it again", watch.check.name)
+                watch.loop.cancel()  # should it begin after all
                 watch.loop = None
             if not watch.loop:
                 watch.loop, watch.hung = self.start_loop(watch.check, max(now, self.probing_from)), None
@@ -1713,17 +1722,17 @@ class Daemon(Watcher):
         elif item == signal.SIGHUP:
             self.reload(now)
         elif isinstance(item, signal.Signals):
+            self.status = 0
             log.info("Stopped by %s", item.name)
             self.systemd.notify("STOPPING=1", f"STATUS=stopped by {item.name}")
-            self.status = 0
         else:
             super().receive(item, now)
 
     def receive_rehearsed(self, rehearsed: Rehearsed, now: float) -> None:
         if rehearsed.fatal:
+            self.status = 1
             log.error("This daemon could never mark: %s", rehearsed.fatal)
             self.systemd.notify(f"STATUS=could never mark: {rehearsed.fatal}")
-            self.status = 1
             return
         for warning in rehearsed.warnings:
             log.warning("%s", warning)
@@ -1735,7 +1744,7 @@ class Daemon(Watcher):
 
     def start_missing(self, now: float) -> None:
         hangs = self.order and now > self.order_at + ORDER_TIME
-        if self.marker and (hangs or not self.marker.is_alive()):
+        if self.marker and (hangs or gone(self.marker, now)):
             log.error("The thread that talks to AWS %s: starting another", "hangs" if hangs else "is gone")
             self.marker.wanted = None
             self.marked = self.may_be_marked()
@@ -1831,16 +1840,17 @@ class Daemon(Watcher):
             return
         self.systemd.notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            self.config = self.read_config()
+            config = self.read_config()
+            watches = {check.name: Watch(check) for check in config.checks}
         except Exception as error:
-            log.error("Configuration not reloaded, the old one stays: %s", printable(str(error)))
+            log.error("Configuration not reloaded, the old one stays: %s", printable(str(error) or repr(error)))
         else:
-            old, self.watches = self.watches, {check.name: Watch(check) for check in self.config.checks}
-            for name, watch in old.items():
-                if name in self.watches and self.watches[name].check == watch.check:
-                    self.watches[name] = watch
+            for name, watch in self.watches.items():
+                if name in watches and watches[name].check == watch.check:
+                    watches[name] = watch
                 elif watch.loop:
                     watch.loop.cancel()
+            self.config, self.watches = config, watches
             for warning in self.config.warnings:
                 log.warning("%s", warning)
             log.info("Configuration reloaded: %s", ", ".join(self.watches))
@@ -1923,8 +1933,8 @@ class Gate(Watcher):
 
     def receive(self, item, now: float) -> None:
         if isinstance(item, signal.Signals):
-            log.error("Gate: stopped by %s before the instance was found healthy", item.name)
             self.status = 1
+            log.error("Gate: stopped by %s before the instance was found healthy", item.name)
         else:
             super().receive(item, now)
 
@@ -2233,9 +2243,10 @@ OPTIONS = {
     "help": ("", False, "print this; so does -h"),
 }
 EXIT_STATUS = """
-Exit status: 0 done, or stopped by a signal; 1 not healthy (-foreground), a
-service command failed, or the daemon could never mark; 2 a mistake on the
-command line or in the configuration; 3 not running (-command status).
+Exit status: 0 done, or the daemon was stopped by a signal; 1 not healthy, or
+stopped before it was (-foreground), a service command failed, or the daemon
+could never mark; 2 a mistake on the command line or in the configuration;
+3 not running (-command status).
 """
 
 
@@ -2309,7 +2320,8 @@ def main(argv=None) -> int:
         say(f"{PROGRAM}: {error}; -h lists the options", sys.stderr)
     except ConfigError as error:
         say(str(error), sys.stderr)
-        Systemd().notify(f"STATUS={error}")
+        with contextlib.suppress(Exception):
+            Systemd().notify(f"STATUS={error}")
     except Exception as fault:
         say(f"{PROGRAM}: {printable(f'{type(fault).__name__}: {fault}')}", sys.stderr)
         return 1
@@ -2330,16 +2342,7 @@ def run(options: dict, config: Config) -> int:
         signal.signal(number, lambda number, frame: inbox.put(signal.Signals(number)))
     inbox.wake_on_signals()
     bypass_proxy_for_metadata()
-    rehearsal = None
-    if dry_run and not foreground:
-        inbox.put(Rehearsed("", (), Seen()))
-    elif not foreground:
-        try:
-            rehearsal = Rehearsal(config)  # before the first thread
-        except OSError as error:
-            inbox.put(Rehearsed("", (f"No rehearsal of a mark, no process can be started: {error.strerror}",), Seen()))
-    finish = start_logging(options["verbose"])
-    errors, sys.stderr = sys.stderr, None  # the log does not need it, and Python would write tracebacks there
+    write, finish = prepare_logging(options["verbose"])
 
     def start_loop(check, due):
         return start(CheckLoop(check, inbox, due))
@@ -2349,13 +2352,22 @@ def run(options: dict, config: Config) -> int:
             raise ConfigError("is not a file any more: write it", None, path)
         return load_config(path)
 
-    for warning in config.warnings:
-        log.warning("%s", warning)
-    checks = ", ".join(f"{check.name} ({check.endpoint})" for check in config.checks)
-    log.info("%s %s watches %s; grace period: %gs", PROGRAM, __version__, checks, grace)
+    rehearsal = None
+    errors, sys.stderr = sys.stderr, None  # where Python would write the traceback of a thread that ends
     try:
-        if rehearsal:
-            threading.Thread(target=lambda: inbox.put(rehearsal.outcome()), daemon=True).start()
+        if dry_run and not foreground:
+            inbox.put(Rehearsed("", (), Seen()))
+        elif not foreground:
+            try:
+                rehearsal = Rehearsal(config)  # a fork, so before the first thread
+                start(threading.Thread(target=lambda: inbox.put(rehearsal.outcome()), daemon=True))
+            except (OSError, RuntimeError) as error:
+                inbox.put(Rehearsed("", (f"No rehearsal of a mark, no process or thread can be started: {error}",), Seen()))
+        start(threading.Thread(target=write, daemon=True))
+        for warning in config.warnings:
+            log.warning("%s", warning)
+        checks = ", ".join(f"{check.name} ({check.endpoint})" for check in config.checks)
+        log.info("%s %s watches %s; grace period: %gs", PROGRAM, __version__, checks, grace)
         if foreground:
             return Gate(config, inbox, now, grace, start_loop, options["fg-exit-early-if-healthy"]).run()
         directory = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
@@ -2377,7 +2389,7 @@ def begin_anew(code: types.CodeType) -> None:
     """
     import marshal
 
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(Exception):
         if os.path.samefile(sys.executable or "", "/proc/self/exe"):  # another Python would misread it
             file = os.fdopen(os.memfd_create("compiled", 0), "wb")
             marshal.dump(code, file)

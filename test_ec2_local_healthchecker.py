@@ -447,6 +447,7 @@ def test_the_lines_of_the_key_paths_are_those_of_the_text():
         ("a: `b\n", 1, "a reserved character"), ("a: b\n---\nc: d\n", 2, "a second document"), ("---\n---\na: b\n", 2, "a second document"),
         ("a: b\n...\nc: d\n", 3, "a second document"), ("a:\n\tb: c\n", 2, "a tab"), ("a:\tb\n", 1, "a tab"), ("a: 'b\tc'\n", 1, "a tab"),
         ("a: b\x07\n", 1, "U+0007"), ("a: b\nc: \x85\n", 2, "U+0085"), ("a: \u2028b\n", 1, "U+2028"), ("a: b\ufeff\n", 1, "U+FEFF"),
+        ("\ufeff\ufeffa: b\n", 1, "U+FEFF"),
         ("a: \ud800\n", 1, "U+D800"), ("# \0\n", 1, "U+0000"), ("a: 'b\n  c'\n", 1, "a quoted value that does not end on its line"),
         ('a: "b\n', 1, "a quoted value that does not end on its line"), ("a: b\n  c\n", 2, "a value of several lines"), ("--- !!map\na: b\n", 1, "a tag"), ("a:\n  b: c\n   d\n", 3, "a value of several lines"),
         ("a: b\n  c: d\n", 2, "indentation"), ("a:\n    b: c\n  d: e\n", 3, "indentation"), ("  a: b\nc: d\n", 2, "indentation"),
@@ -1500,6 +1501,8 @@ def test_an_instance_in_no_group_is_described_as_such_and_no_other_group_is_aske
 
 
 class FakeLoop:
+    ident = 1  # it has begun
+
     def __init__(self, check, due):
         self.check, self.due, self.probing, self.alive, self.number = check, due, None, True, 0
 
@@ -1511,6 +1514,7 @@ class FakeLoop:
 
 
 class FakeMarker:
+    ident = 1  # it has begun
     dry_run = False
 
     def __init__(self):
@@ -1876,6 +1880,20 @@ def test_a_signal_ends_the_daemon_with_nothing_marked(number):
     assert rig.daemon.status == 0 and "STOPPING=1" in rig.systemd.said and not rig.marker.order
 
 
+@pytest.mark.parametrize("gate, status", [(None, 0), ("early", 1)])
+def test_a_signal_ends_it_even_where_there_is_no_memory_to_say_so(gate, status, monkeypatch):
+    def out_of_memory(*_):
+        raise MemoryError
+
+    rig = Rig(gate=gate)
+    monkeypatch.setattr(hc.log, "info", out_of_memory)
+    monkeypatch.setattr(hc.log, "error", out_of_memory)
+    rig.inbox.put(signal.SIGTERM)
+    with pytest.raises(MemoryError):
+        rig.step()
+    assert rig.daemon.status == status
+
+
 def test_the_gate_exits_early_as_soon_as_every_check_is_healthy(logged):
     rig = Rig(SIMPLE.replace("graceperiod: 0", "graceperiod: 5m"), gate="early")
     assert rig.loops["web"].due == rig.now  # probing starts at once
@@ -2144,6 +2162,16 @@ def test_a_reload_of_a_bad_file_changes_nothing_and_is_told(logged):
     assert ("ERROR", "Configuration not reloaded, the old one stays: f.yml:1: no checks: write at least one") in logged
     said = [line.partition("=")[0] for line in rig.systemd.said]
     assert said[:2] == ["RELOADING", "MONOTONIC_USEC"] and "READY" in said[2:]
+
+
+def test_a_reload_that_fails_for_another_reason_says_so_too(logged):
+    def out_of_memory():
+        raise MemoryError
+
+    rig = Rig(read_config=out_of_memory)
+    rig.inbox.put(signal.SIGHUP)
+    rig.step()
+    assert ("ERROR", "Configuration not reloaded, the old one stays: MemoryError()") in logged
 
 
 def test_a_reload_from_standard_input_is_ignored(logged):
@@ -2810,6 +2838,12 @@ def test_usage_errors_are_one_line_and_status_2(arguments, said):
     program = run(*arguments)
     assert program.process.returncode == 2 and not program.out
     assert len(program.err) == 1 and said in program.err[0]
+
+
+def test_nonsense_in_the_environment_of_systemd_does_not_hide_a_configuration_error():
+    program = run("-healthcheckfile", "/nonexistent", env={"NOTIFY_SOCKET": "x", "WATCHDOG_USEC": "soon"})
+    assert program.process.returncode == 2 and not program.out
+    assert len(program.err) == 1 and program.err[0].startswith("/nonexistent: cannot be read (No such file or directory)")
 
 
 def test_testconfig_prints_the_effective_configuration():
@@ -3798,7 +3832,7 @@ def test_a_memory_limit_reached_while_boto3_is_imported_is_survived(cloud, megab
         size = int(re.search(r"VmData:\s+(\d+) kB", status)[1]) * 1024
         limit(program, f"--data={size + megabytes * 2**20}:unlimited")
         crashed = wait_until(
-            lambda: program.process.poll() or re.search("Could not mark|fault of|AWS is gone|did not begin", "\n".join(program.lines)),
+            lambda: program.process.poll() or re.search("Could not mark|fault of|AWS is gone", "\n".join(program.lines)),
             "the shortage",
         )  # fmt: skip
         # CPython itself may crash when memory runs out; then the service manager starts the program again.
@@ -3845,7 +3879,7 @@ PRELOADED = r"""
 #include <unistd.h>
 
 /* What the test writes into the file $FAULTS: seconds to step the wall clock by, and a thread to hit. */
-struct faults { long step, kill_a_sleeper, hang_a_sleeper, no_files, stillborn; };
+struct faults { long step, kill_a_sleeper, hang_a_sleeper, no_files, stillborn, late; };
 static volatile struct faults *faults(void) {
     static volatile struct faults *shared;
     if (!shared) shared = mmap(0, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED, open(getenv("FAULTS"), O_RDWR), 0);
@@ -3895,12 +3929,24 @@ int socket(int family, int kind, int protocol) {
 int pipe2(int ends[2], int flags) {
     return faults()->no_files ? (errno = ENFILE, -1) : syscall(SYS_pipe2, ends, flags);
 }
-/* A thread that ends before it begins, as one does for which there is no memory. */
+/* A thread that ends before it begins, as one does for which there is no memory; one that begins late. */
+struct beginning { void *(*routine)(void *), *argument; };
 static void *ending(void *unused) { return 0; }
+static void *late(void *given) {
+    struct beginning beginning = *(struct beginning *)given;
+    free(given);
+    usleep(400000);
+    return beginning.routine(beginning.argument);
+}
 int pthread_create(pthread_t *thread, const pthread_attr_t *options, void *(*routine)(void *), void *argument) {
     static int (*real)(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
     if (!real) real = dlsym(RTLD_NEXT, "pthread_create");
     if (__sync_bool_compare_and_swap(&faults()->stillborn, 1, 0)) routine = ending;
+    if (faults()->late) {
+        struct beginning *beginning = malloc(sizeof *beginning);
+        beginning->routine = routine, beginning->argument = argument;
+        routine = late, argument = beginning;
+    }
     return real(thread, options, routine, argument);
 }
 /* A thread in time.sleep(): made to raise SystemExit, or never to wake. */
@@ -3947,9 +3993,9 @@ class Faults:
     def env(self):
         return {"LD_PRELOAD": str(self.library), "FAULTS": str(self.path)}
 
-    def set(self, step=0, kill=0, hang=0, no_files=0, stillborn=0):
+    def set(self, step=0, kill=0, hang=0, no_files=0, stillborn=0, late=0):
         with open(self.path, "r+b" if self.path.exists() else "wb") as file:
-            file.write(struct.pack("lllll", step, kill, hang, no_files, stillborn))
+            file.write(struct.pack("llllll", step, kill, hang, no_files, stillborn, late))
 
 
 @pytest.fixture
@@ -4028,13 +4074,31 @@ def test_a_thread_that_never_begins_holds_up_nothing_and_is_started_again(cloud,
     with sick(cloud, env=faults.env, checks={"web": {**DEAD, "threshold": "40"}}) as program:
         wait_until(lambda: probes(program) >= 5, "probes")
         faults.set(kill=1, stillborn=1)
-        program.wait_for("The loop of check web is gone: starting it again")
-        program.wait_for("Threads cannot be started, trying at each verdict: a thread did not begin")
+        program.wait_for("The loop of check web is gone: starting it again", 2)
         before = probes(program)
         wait_until(lambda: probes(program) > before + 3, "probes of the new loop")
         wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
         faults.set(kill=1, stillborn=1)
-        program.wait_for("The loop of check web is gone: starting it again", 2)
+        program.wait_for("The loop of check web is gone: starting it again", 3)
+        assert program.stop() == (0, pytest.approx(0, abs=1))
+
+
+def test_not_even_one_of_the_first_threads_holds_up_anything_if_it_never_begins(cloud, faults):
+    faults.set(stillborn=1)  # the one that waits for the rehearsal
+    with sick(cloud, env=faults.env) as program:
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+        assert program.stop() == (0, pytest.approx(0, abs=1))
+    faults.set(stillborn=1)  # the one that writes the log
+    with sick(cloud, "-foreground", env=faults.env) as program:
+        assert program.process.wait(PATIENCE) == 1
+
+
+def test_threads_that_begin_late_are_waited_for_and_hold_up_nothing(cloud, faults):
+    faults.set(late=1)
+    with sick(cloud, env=faults.env) as program:
+        wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+        assert "is gone" not in "\n".join(program.lines)
+        assert len(os.listdir(f"/proc/{program.process.pid}/task")) <= 4  # main, log, check, AWS
         assert program.stop() == (0, pytest.approx(0, abs=1))
 
 
