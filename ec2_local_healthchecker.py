@@ -1802,8 +1802,8 @@ class Daemon(Watcher):
             CALLED: again,
             FAILED: again,
             CROWDED: look_delay(self.config.frequency, random.random()),
-            HELD: self.next_verdict - now,
-            LOOKED: min(self.next_verdict, max(self.resumed_until, now)) - now,
+            HELD: max(0.0, self.next_verdict - now),
+            LOOKED: max(0.0, min(self.next_verdict, self.resumed_until) - now),
             WITHDRAWN: max(0.0, self.call_at - now),
         }[kind]
         self.log_outcome(outcome, delay)
