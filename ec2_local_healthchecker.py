@@ -159,7 +159,7 @@ def named(fault):
 
 
 UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-UNITS.update({"\u00b5s": 1e-6, "\u03bcs": 1e-6})  # with the micro sign, and with the Greek letter
+UNITS["\u00b5s"] = UNITS["\u03bcs"] = 1e-6  # with the micro sign, and with the Greek letter
 DURATION_PART = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"
 
 
@@ -196,7 +196,7 @@ ENTRY = re.compile(  # indentation, key, colon, value, comment
 ONE_LINE = "write it on one line (tools that fold lines have a width to set)"
 ALIGN = f"align it; if it is a value, {ONE_LINE}"
 REFUSED = {  # what no key or value begins with: its name, and what to write
-    "[": "a flow sequence: write the values without brackets, like 200,204",
+    "[": "a flow sequence: write the values without brackets, like 200,204; quote an address",
     "{": "a flow mapping: write each key on a line of its own, indented",
     "&": "an anchor: write the value itself",
     "*": "an alias: write the value itself, or put the text in quotes",
@@ -304,7 +304,7 @@ AUTHORITY = re.compile(
     r"""(?: \[ ([0-9a-f:.]+) \]                         # an IPv6 address
         |   ((?: [\w-]{1,63} \. )* [\w-]{1,63} \.? )?   # a name, or an IPv4 address
         )
-        (?: : (\w[\w-]*) )?                             # a port, or the name of a service
+        (?: : (\w[\w-]*)? )?                            # a port, or the name of a service
     """,
     re.VERBOSE | re.ASCII | re.IGNORECASE,
 )
@@ -341,8 +341,8 @@ class Endpoint(typing.NamedTuple):
             if "@" in text:  # what may be a password is not shown
                 problem = "a user or password in a URL: write an Authorization header"
             raise ConfigError(problem) from None
-        path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-        return cls(parts.scheme, host, port, "" if is_tcp else path)
+        path = "" if is_tcp else parts.path or "/"
+        return cls(parts.scheme, host, port, f"{path}?{parts.query}" if parts.query else path)
 
     def __str__(self):
         return self.origin.replace("tcp://", "") + self.path
@@ -355,7 +355,7 @@ class Endpoint(typing.NamedTuple):
 
     def is_local(self) -> bool:
         """Whether it is certainly on this machine."""
-        own_names = f"localhost|127[.].*|::1|0[.]0[.]0[.]0|{re.escape(socket.gethostname())}"
+        own_names = f"localhost|127[.][0-9.]*|::1|0[.]0[.]0[.]0|{re.escape(socket.gethostname())}"
         return bool(re.fullmatch(own_names, self.host, re.IGNORECASE))
 
 
@@ -713,7 +713,7 @@ def _reason(error):
 
 
 INTERIM = re.compile(rb"HTTP/\S+ +1(?!01)[0-9][0-9]\b")  # RFC 9110, 15.2
-KEPT = (b"location:", b"content-length:", b"transfer-encoding:", b"connection:")
+KEPT = (b"location:", b"content-length:", b"transfer-encoding:")
 
 
 def read_head(sock, stream, method):
@@ -801,14 +801,14 @@ def read_metadata(before: Instance) -> Instance:
 
 
 def _metadata(method, path, header, value):
-    """One item; None if there is no such item."""
+    """One item; None if there is no lifecycle state."""
     failure = None
     for _ in range(METADATA_ATTEMPTS):
         try:
             deadline = Deadline(1.0)
             endpoint = metadata_endpoint(path)
             response, body = exchange(method, endpoint, {header: value}, deadline, Tls())
-            if response.status == 404:
+            if response.status == 404 and "lifecycle" in path:
                 return None
             if response.status == 200 and re.fullmatch(rb"[\w:=/+-]{1,200}\s*", body):
                 return body.decode().strip()  # a web page in its place is not believed
@@ -828,7 +828,8 @@ def prepare_botocore():
     """Have botocore, too, ask for metadata directly, and as often."""
     listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     if listed != "*":
-        os.environ["no_proxy"] = f"{metadata_endpoint('').host},{listed}".strip(",")
+        host = metadata_endpoint("").host
+        os.environ["no_proxy"] = f"{host},[{host}],{listed}"  # (an IPv6 address in brackets)
     os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", str(METADATA_ATTEMPTS))
 
 
@@ -874,13 +875,23 @@ ADVICE = {  # the first pattern that "code: text" of an error begins with says w
     ".*[Ee]xpired|Signature|InvalidClient|AuthFail": "look at the clock, then at the credentials",
     "Throttl|RequestLimit|TooManyRequests": "AWS limits the calls of the account; it tries again",
     "ResourceContention|ScalingActivity": "the group is being changed; it tries again",
-    "Internal|ServiceUnav|50.:|ResponseParser": "AWS has a fault; it tries again",
+    "Internal|ServiceUnav|50.:": "AWS has a fault; it tries again",
+    ".*no AWS request id|ResponseParser|KeyError": "something else answers there: see the proxy",
     ".*Proxy": "look at the proxy that HTTPS_PROXY names",
     ".*SSL": "trust the authority of the certificate by AWS_CA_BUNDLE, or look at the proxy",
     ".*(Connect|Timeout|HTTPClient)": "look at routes, security groups and the VPC endpoint",
     "ImportError: MemoryError": "the instance is out of memory",
+    "ImportError: (Invalid|Profile|Config|ValueError)": "mend the variable or file that says so",
     "ImportError": f"boto3 is missing or broken: {INSTALL_BOTO3}",
 }
+
+
+def headers_of(answer, client):
+    """The headers of an answer of AWS; LookupError if it is somebody else's, a proxy's page."""
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if "x-amzn-requestid" not in headers:
+        raise LookupError(f"no AWS request id in an answer of {client.meta.endpoint_url}")
+    return headers
 
 
 def answer_in(error):
@@ -919,13 +930,9 @@ def why_no_call(region):
         answer = client.describe_account_limits()
     except Exception as error:
         answer = answer_in(error)
-        if not answer and type(error).__name__ != "ResponseParserError":  # that was a web page
+        if not answer:
             raise
-    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    if "x-amzn-requestid" not in headers:
-        advice = "look at the proxy, the name and the VPC endpoint"
-        return f"something else answers for {client.meta.endpoint_url} -- {advice}"
-    return why_wrong_clock(headers.get("date", ""), time.time())
+    return why_wrong_clock(headers_of(answer, client).get("date", ""), time.time())
 
 
 def why_wrong_clock(date: str, now: float) -> str:
@@ -952,12 +959,13 @@ class Rehearsal:
     def step(self, now):
         """Start one that is due; the line of one that has ended, or taken too long."""
         if not self.child and now >= self.due:
-            self.child = Popen(self.command, bufsize=0, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL)
+            self.child = Popen(self.command, bufsize=0, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT)
             os.set_blocking(self.child.stdout.fileno(), False)
             self.limit = now + 30.0
         status = self.child.poll() if self.child else None
         if status is not None:
-            line = (self.child.stdout.read() or b"").decode("utf-8", "replace").strip()
+            output = (self.child.stdout.read() or b"").decode("utf-8", "replace")
+            line = printable(output.strip().split("\n")[-1], 2000)
             self.child = None
             self.pause = min(2 * self.pause, 300.0) if status else 30.0
             self.due = now + (self.pause if status else 86400.0) * random.uniform(0.9, 1.1)
@@ -1070,7 +1078,7 @@ class Marker(Stepper, threading.Thread):
     def note_mark(self, instance):
         """Note that a mark of our own may stand on this instance, or ("") that there is none."""
         self.publish(marked=instance)
-        self.writer.mark = instance
+        self.writer.marks.append(instance)
         self.writer.has_news.set()
 
     def work(self, wanted, now):
@@ -1127,7 +1135,8 @@ class Marker(Stepper, threading.Thread):
             self.note_mark(instance or "this instance")
         try:
             if client:
-                client.set_instance_health(InstanceId=instance, HealthStatus=wanted)
+                answer = client.set_instance_health(InstanceId=instance, HealthStatus=wanted)
+                headers_of(answer, client)
         except Exception as error:
             if 400 <= answer_in(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0) < 500:
                 self.note_mark(before)  # AWS has refused this call
@@ -1159,8 +1168,7 @@ class Systemd:
     """The service manager and its journal; where there is none, nothing is said."""
 
     def __init__(self):
-        self.address = re.sub("^@", "\0", os.environ.pop("NOTIFY_SOCKET", ""))
-        self.watchdog = float(os.environ.get("WATCHDOG_USEC", math.inf)) / 1e6  # seconds
+        self.address = os.environ.pop("NOTIFY_SOCKET", "")
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.setblocking(False)
 
@@ -1186,7 +1194,7 @@ class Writer(logging.Handler):
         super().__init__()
         self.systemd = systemd
         self.mark_file = mark_file  # "": there is none
-        self.mark = self.written = None  # what it is to say, and says; None: as it was
+        self.marks = collections.deque()  # what it is to say
         self.lines = collections.deque(maxlen=1000)  # (descriptor, bytes): the oldest are lost
         self.has_news = threading.Event()
         self.thread = threading.Thread(target=self.work, daemon=True)
@@ -1209,8 +1217,10 @@ class Writer(logging.Handler):
 
     def work(self):
         while True:
-            self.write_mark()  # before any line that waits
-            if self.lines:
+            if self.marks:  # before any line that waits
+                self.write_mark(self.marks[0])
+                self.marks.popleft()
+            elif self.lines:
                 with contextlib.suppress(OSError):
                     os.write(*self.lines[0])
                 self.lines.popleft()
@@ -1218,34 +1228,33 @@ class Writer(logging.Handler):
                 self.has_news.wait()
                 self.has_news.clear()
 
-    def write_mark(self):
-        mark, before, self.written = self.mark, self.written, self.mark
+    def write_mark(self, mark):
         try:
-            if self.mark_file and mark != before:
-                replace_file(self.mark_file, mark.encode(), 0o644)
+            if self.mark_file:
+                replace_file(self.mark_file, mark, 0o644)
         except OSError as error:
             log.warning(f"A mark is not remembered over a restart: {error}")
 
     def finish(self):
         """Give it a moment for the last mark and the last lines."""
         end = time.monotonic() + 0.5
-        while (self.mark != self.written or self.lines) and time.monotonic() < end:
+        while (self.marks or self.lines) and time.monotonic() < end:
             time.sleep(0.005)
 
 
 def replace_file(path, content, mode):
     """Replace a file in one step (rename(2)), with this mode whatever the umask; or OSError."""
     with open(path + ".new", "wb") as file:
-        file.write(content)
+        file.write(content.encode())
         os.fchmod(file.fileno(), mode)
     os.replace(path + ".new", path)
 
 
 def read_file(path):
     """What a file of ours says; nothing if it cannot be read."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         return file.read()
-    return b""
+    return ""
 
 
 HOW_TO_TAKE_BACK = (
@@ -1286,8 +1295,8 @@ class CheckLoop(threading.Timer):
             end = time.monotonic()
             self.due, self.probing = next_due(self.due, self.interval, end), None
             self.inbox.append((self, number, passed, reason))
-            took = f"in {(end - begin) * 1000:.0f} ms"
-            log.debug(f"Probe of {self.check.name} {reason or 'passed'} {took}")
+            took = (end - begin) * 1000
+            log.debug(f"Probe of {self.check.name} {reason or 'passed'} in {took:.0f} ms")
 
     def attempt(self, number):
         """Probe once: whether it passed, None if a fault of this program spoiled it; and why."""
@@ -1315,7 +1324,6 @@ def can_open_descriptors():
 # The main thread: it owns the checks and takes the verdict, in step(now), where nothing sleeps and
 # nothing blocks. The gate (-foreground) is the same loop with another ending.
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 HANG_SLACK = 0.25  # seconds past its deadline that a probe has to report its own failure
 LONGEST_STEP = 60.0  # seconds of one step of the marker, after which it is thought to hang
 LONGEST_SILENCE = 300.0  # seconds that a check may go without evidence, beside those it waits
@@ -1393,7 +1401,7 @@ class Watcher(Stepper):
     def wait(self, seconds):
         with contextlib.suppress(OSError):  # none came in this time
             self.signals.settimeout(seconds)
-            self.inbox.append(signal.Signals(self.signals.recv(1)[0]))
+            self.inbox.extend(map(signal.Signals, set(self.signals.recv(4096))))
 
     def receive(self, result, now):
         loop, number, passed, reason = result
@@ -1470,7 +1478,7 @@ class Daemon(Watcher):
             self.tell(now)
         if now >= self.feed_at and self.is_well(now):
             self.systemd.notify("WATCHDOG=1")
-            self.feed_at = now + self.systemd.watchdog / 4
+            self.feed_at = now + 5.0
         return wake
 
     def tell_marker(self):
@@ -1492,15 +1500,14 @@ class Daemon(Watcher):
 
     def reload(self, now):
         """Read the configuration again; a check that is equal after defaults keeps its state."""
-        if self.path == "-":
-            log.warning("SIGHUP ignored: the configuration came from standard input")
+        if not os.path.isfile(self.path):  # standard input, or a pipe: it can be read once
+            log.warning(f"SIGHUP ignored: the configuration, {self.path}, is no file")
             return
         try:
-            if not os.path.isfile(self.path):  # a pipe would keep the main thread waiting
-                raise ConfigError(f"{self.path} is not a file any more")
             config = load_config(self.path)
         except Exception as error:
-            log.error(f"Configuration not reloaded, the old one stays: {error or named(error)}")
+            reason = str(error) or named(error)
+            log.error(f"Configuration not reloaded, the old one stays: {reason}")
             return
         self.status = 1  # if a thread cannot be made: systemd starts this daemon anew
         self.watch(config, max(now, self.grace_end))
@@ -1528,12 +1535,11 @@ class Daemon(Watcher):
         # READY more than once does no harm, and one may be lost.
         self.systemd.notify("READY=1", f"STATUS={status['summary']}")
         if self.directory:
-            with contextlib.suppress(OSError):  # -command status says so
-                content = json.dumps(status).encode()
-                replace_file(f"{self.directory}/status.json", content, 0o644)
+            with contextlib.suppress(OSError):
+                replace_file(f"{self.directory}/status.json", json.dumps(status), 0o644)
 
     def as_dict(self, now):
-        """What status.json says; `written` and `failed_at` are of the monotonic clock."""
+        """What status.json says; `failed_at` is of the monotonic clock."""
         report, why_not, checks = self.marker.report, self.why_not(now), {}
         for name, watch in self.watches.items():
             checks[name] = {**watch.health._asdict(), "threshold": watch.check.threshold}
@@ -1548,7 +1554,6 @@ class Daemon(Watcher):
             "marked": bool(report.marked and self.marker.rehearsal),
             "could_mark": None if why_not is None else not why_not,
             "why_not": why_not or "",
-            "written": now,
             "checks": checks,
         }
 
@@ -1607,6 +1612,10 @@ ERROR_LOG = "/var/log/ec2-local-healthchecker.err"
 STATUS_FILE = "/run/healthchecker/status.json"
 STATE_DIRECTORY = "/var/lib/healthchecker"
 MARK_FILE = f"{STATE_DIRECTORY}/marked"
+STATE = (
+    "MainPID,ActiveState,SubState,UnitFileState,NRestarts,"
+    "ActiveEnterTimestamp,InactiveEnterTimestamp"
+)
 UNIT = """\
 [Unit]
 Description=EC2 local health checker
@@ -1717,7 +1726,7 @@ def install():
     except Refusal as error:
         raise Refusal(f"the service cannot run: {error} -- {INSTALL_BOTO3}") from None
     replace_file(INSTALLED, read_file(sys.argv[0]), 0o755)
-    replace_file(UNIT_FILE, UNIT.encode(), 0o644)
+    replace_file(UNIT_FILE, UNIT, 0o644)
     output_of("systemctl", "daemon-reload")
     output_of("systemctl", "enable", SERVICE)
     say(f"{SERVICE} {__version__} is installed, and starts at every boot")
@@ -1737,7 +1746,7 @@ def require_own_unit():
         cure = f"systemctl disable --now {unit}; rm {path}; systemctl daemon-reload"
         if os.path.realpath(path) == os.devnull:
             cure = f"systemctl unmask {unit}"
-        if path and INSTALLED.encode() not in read_file(path):
+        if path and INSTALLED not in read_file(path):
             raise Refusal(f"{path} is masked, or another program's: run '{cure}', then try again")
 
 
@@ -1759,7 +1768,7 @@ def remove():
 
 def tell_mark():
     """Say so if a mark of this program may stand, where nobody is left to take it back."""
-    marked = read_file(MARK_FILE).decode("ascii", "replace")
+    marked = read_file(MARK_FILE)
     if marked:
         say(HOW_TO_TAKE_BACK.format(printable(marked)))
 
@@ -1788,8 +1797,7 @@ def properties_of(unit, names):
 
 def print_status():
     """Print how the service and each check stand: 0 well, 3 not running, 4 could not mark."""
-    names = "MainPID,ActiveState,SubState,UnitFileState,NRestarts"
-    state = properties_of(SERVICE, names + ",ActiveEnterTimestamp,InactiveEnterTimestamp")
+    state = properties_of(SERVICE, STATE)
     is_running, could_mark = state["MainPID"] not in ("", "0"), None
     since = state["ActiveEnterTimestamp" if is_running else "InactiveEnterTimestamp"]
     lines = [
@@ -1801,7 +1809,7 @@ def print_status():
             status = json.loads(read_file(STATUS_FILE))
             could_mark = status["could_mark"]
             lines = [status["summary"], *lines, *status_lines(status, time.monotonic())]
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except Exception:
             lines.append(f"{STATUS_FILE} is not there (yet), or not of this version")
     elif state["ActiveState"] != "inactive":  # as it is once it was stopped on purpose
         lines.append(last_words())
@@ -1875,7 +1883,7 @@ def parse_command_line(arguments) -> dict:
             raise UsageError(f"{argument} is no option: write -command {argument}")
         if name not in OPTIONS:
             advice = nearest(argument, [f"-{option}" for option in OPTIONS])
-            raise UsageError(f"{shown(argument)} is no option: {advice} -h lists them")
+            raise UsageError(f"{shown(argument)} is no option (-h lists them): {advice}")
         if OPTIONS[name] is False:
             value = True if value is None else BOOLEANS.get(value.lower())
         elif value is None and rest:
@@ -1906,9 +1914,9 @@ def main(argv=None) -> int:
     except Exception as error:
         is_mistake = hasattr(error, "status")  # or a fault of this program
         line = str(error) if is_mistake else named(error)
-        say(line if isinstance(error, ConfigError) else f"{PROGRAM}: {line}", file=sys.stderr)
         systemd.journal(logging.ERROR, line)
         systemd.notify(f"STATUS={line}")
+        say(line if isinstance(error, ConfigError) else f"{PROGRAM}: {line}", file=sys.stderr)
         return error.status if is_mistake else 1
 
 
@@ -1941,8 +1949,8 @@ def run_service(options, config, systemd):
     prepare_botocore()
     signals, wakeup = socket.socketpair()
     wakeup.setblocking(False)
-    signal.set_wakeup_fd(wakeup.fileno())
-    for number in SIGNALS:
+    signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
         signal.signal(number, lambda *_: None)
     state = "" if is_gate or is_dry_run else os.environ.get("STATE_DIRECTORY")
     writer = Writer(systemd, f"{state}/marked" if state else "")
@@ -1954,7 +1962,7 @@ def run_service(options, config, systemd):
     if is_gate:
         watcher = Gate(config, now, now + grace, options["fg-exit-early-if-healthy"])
     else:
-        marked = read_file(writer.mark_file).decode("ascii", "replace")
+        marked = read_file(writer.mark_file)
         isolation = ["-I"] if sys.flags.isolated else []
         # Not what was compiled, which an upgrade of Python can make unreadable.
         command = [sys.executable, *isolation, main.__code__.co_filename, "-rehearse"]

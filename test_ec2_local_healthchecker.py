@@ -443,6 +443,7 @@ def test_the_values_of_headers_are_shown_to_nobody():
     ("https", "http://[::1]:81/a%20b?c=d/e?f", "::1", 81, "http://[::1]:81/a%20b?c=d/e?f"),
     ("Https", "http://127.1/", "127.1", 80, "http://127.1:80/"),
     ("http", "http://a_.:1/a@b", "a_.", 1, "http://a_.:1/a@b"), ("tcp", "a:ssh", "a", 22, "a:22"),
+    ("http", "http://a://b//c?", "a", 80, "http://a:80//b//c"),
     ("TCP", "[::FFFF:1.2.3.4]:65535", "::ffff:1.2.3.4", 65535, "[::ffff:1.2.3.4]:65535"),
     ("Tcp", ":8", "localhost", 8, "localhost:8"),
 ])  # fmt: skip
@@ -509,7 +510,7 @@ MISTAKES = [  # what is said, of which line, after which beginning, of each of t
     ("' is no host: write one like www.example.com", 5, HEADER, [
         "Host: a b", "Host: http://localhost", "host: localhost/ping", "Host: ':80'", "Host: '['"]),
     ("' is no endpoint: write a URL, like http://localhost:80/, or host:port", 3, ENDPOINT, [
-        "http:/a", "ftp://a/", "http:///", "http://a:0/", "http://a:/", "http://a:65536/", "a:80/",
+        "http:/a", "ftp://a/", "http:///", "http://a:0/", "http://a:65536/", "a:80/",
         "http://a:x-y/", "http://[::g]/", "http://[1:2]/", "http://[::1", "http://./",
         "http://a..b/", "'http://a/a b'", '"http://a/\\r\\nX: y"', "http://a/é", "http://é/", "a:0",
         "http://10.0.0.300/", f"http://{'a' * 64}/", f"http://a:{'1' * 5000}/", "a:80?a", "a:80#8",
@@ -730,7 +731,8 @@ def test_redirects_are_followed_unless_their_code_is_listed(serve, status):
     ("/there?x", "/there?x"), ("there", "/a/there"), ("../there", "/there"), ("?x", "/a/b?x"),
     ("//127.0.0.1:PORT/x", "/x"), ("http://127.0.0.1:PORT", "/"), ("HTTP://127.1:PORT/x", "/x"),
     ("http://127.1:PORT/", "/"), ("http://127.0.1:PORT/", "/"), ("/a b\xe9?c#d", "/a%20b%E9?c"),
-    ("/x \t", "/x"), ("/x\r\nLocation: /elsewhere", "/x"), ("\t/x", "/x"),
+    ("/x \t", "/x"), ("http://127.1:PORT//x", "//x"), ("\t/x", "/x"),
+    ("/x\r\nLocation: /elsewhere", "/x"),
 ])  # fmt: skip
 def test_where_a_location_leads(serve, location, line):
     server = serve("", OK)
@@ -1304,7 +1306,8 @@ class GatewayHandler(Double):
             response = upstream.getresponse()
             text = response.read().decode()
             self.owner.busy.discard(self)  # before the next call can come
-            self.answer(text, response.status, Content_Type=response.getheader("Content-Type"))
+            fields = {"Content_Type": response.getheader("Content-Type"), "x_amzn_RequestId": "r"}
+            self.answer(text, response.status, **fields)
 
 
 class Moto:
@@ -1408,7 +1411,7 @@ def test_the_environment_replaces_what_metadata_says(metadata, monkeypatch):
     assert (instance.id, instance.region, instance.mistake()) == ("i-mine", "us-west-2", "")
 
 
-@pytest.mark.parametrize("status", [200, 403, 503])
+@pytest.mark.parametrize("status", [200, 403, 404, 503])
 def test_metadata_gets_three_attempts_and_what_it_said_before_is_kept(metadata, status):
     failing = iter([True, True, False])
     metadata.fault = lambda request: next(failing, False) and request.answer("<a page>", status)
@@ -1532,11 +1535,15 @@ def test_a_rehearsal_that_goes_well_asks_one_unsigned_question_and_changes_nothi
     assert any(path.endswith(Metadata.ROLE + "role") for _, path in cloud.metadata.requests)
 
 
-PAGE = "<html><p>a captive portal"
+PAGE, XHTML = "<html><p>a captive portal", "<html><body>sign in</body></html>"
 
 
 PROXY = {"http_proxy": "http://127.0.0.1:1", "AWS_ENDPOINT_URL_AUTO_SCALING": "http://aws.example"}
 TO = "AWS_ENDPOINT_URL_AUTO_SCALING"
+
+
+def refusing(status, code, text):
+    return lambda request: request.refuse(status, code, text)
 
 
 def no_credentials(cloud):
@@ -1555,8 +1562,8 @@ def answering(fault):
     return lambda cloud: setattr(cloud.gateway, "fault", fault)
 
 
-def page(status):
-    return answering(lambda request: request.answer(PAGE, status, Content_Type="text/html"))
+def page(status, text=PAGE):
+    return answering(lambda request: request.answer(text, status, Content_Type="text/html"))
 
 
 @pytest.mark.parametrize("fault, env, said", [
@@ -1566,11 +1573,12 @@ def page(status):
     (None, {TO: "https://127.0.0.1:{tls}"}, "SSL .* -- trust the authority of .* AWS_CA_BUNDLE"),
     (clock_off(15), {}, "the clock is 15 minutes fast -- set it"),
     (clock_off(-15), {}, "the clock is 15 minutes slow -- set it"),
-    (page(200), {}, "something else answers for http://127.0.0.1:.* -- look at the proxy"),
-    (page(403), {}, "something else answers for"), (page(503), {}, "something else answers for"),
+    *[(page(status), {}, "something else answers there: see") for status in (200, 403, 503)],
+    (page(200, XHTML), {}, "something else answers there"),
     (metadata_silent, {}, "metadata cannot be read: HTTP status 503 .* -- enable IMDSv2"),
     (None, {"INSTANCE_ID": "i-strange"}, "INSTANCE_ID is i-strange, metadata says .*: remove"),
     (None, {"PYTHONPATH": "{broken}"}, "torn in two' -- boto3 is missing or broken: install the"),
+    (None, {"AWS_PROFILE": "none"}, "ProfileNotFound: .* -- mend the variable or file that says"),
 ])  # fmt: skip
 def test_a_rehearsal_says_what_is_wrong_and_its_cure(cloud, serve, tmp_path, fault, env, said):
     (tmp_path / "boto3").mkdir()
@@ -1584,25 +1592,17 @@ def test_a_rehearsal_says_what_is_wrong_and_its_cure(cloud, serve, tmp_path, fau
     assert not cloud.gateway.calls
 
 
-UNAVAILABLE = answering(lambda request: request.refuse(503, "ServiceUnavailable", "x"))
-
-
-@pytest.mark.parametrize("fault", [UNAVAILABLE, clock_off(4)])
+@pytest.mark.parametrize(
+    "fault", [answering(refusing(503, "ServiceUnavailable", "x")), clock_off(4)]
+)
 def test_any_answer_with_a_request_id_is_a_good_one(cloud, fault):
     fault(cloud)
     assert rehearsed(cloud)[0] == 0
 
 
-def test_a_rehearsal_needs_no_metadata_where_the_environment_says_it_all(cloud):
-    metadata_silent(cloud)
-    env = {"INSTANCE_ID": "i-1", "AWS_REGION": "eu-west-1", "AWS_ACCESS_KEY_ID": "A"}
-    status, line = rehearsed(cloud, AWS_SECRET_ACCESS_KEY="S", **env)
-    assert (status, line) == (0, "Ready to mark i-1 in eu-west-1")
-
-
 def test_a_rehearsal_is_what_the_oom_killer_takes_first():
-    script = f"import sys; sys.path.insert(0, '{HERE}'); import ec2_local_healthchecker as hc; "
-    script += "hc.read_metadata = lambda before: print(open('/proc/self/oom_score_adj').read()); "
+    script = f"import sys; sys.path.insert(0, '{HERE}'); import ec2_local_healthchecker as hc\n"
+    script += "hc.read_metadata = lambda before: print(open('/proc/self/oom_score_adj').read())\n"
     said = subprocess.check_output([sys.executable, "-c", script + "hc.rehearse()"])
     assert said.split() == [b"1000"]
 
@@ -1635,10 +1635,13 @@ def test_rehearsals_come_again_after_a_minute_doubling_to_five_until_one_goes_we
     assert ill.due - 1000.0 < 70  # it begins anew
 
 
-@pytest.mark.parametrize("script", ["exit(3)", "import os; os.kill(os.getpid(), 9)", "exit(1)"])
-def test_a_rehearsal_without_an_answer_is_told(script):
+@pytest.mark.parametrize("script, said", [
+    ("exit(3)", "a rehearsal gave no answer"), ("no name", "SyntaxError: invalid syntax"),
+    ("import os; os.kill(os.getpid(), 9)", "a rehearsal gave no answer"),
+])  # fmt: skip
+def test_a_rehearsal_without_an_answer_is_told(script, said):
     ill = child(script)
-    assert answer_of(ill, 0.0) == "a rehearsal gave no answer" and ill.due < 70
+    assert answer_of(ill, 0.0) == said and ill.due < 70
 
 
 HANGS = "import time; time.sleep(3600)"
@@ -1699,7 +1702,7 @@ def service_manager(tmp_path):
                     messages.append((time.monotonic(), manager.recv(65536).decode()))
 
         threading.Thread(target=listen, daemon=True).start()
-        yield {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "2000000"}, messages
+        yield {"NOTIFY_SOCKET": str(tmp_path / "notify")}, messages
         manager.shutdown(socket.SHUT_RDWR)
 
 
@@ -1712,7 +1715,7 @@ def test_notify_speaks_the_protocol_and_no_message_is_too_long(tmp_path, monkeyp
         for name, value in env.items():
             monkeypatch.setenv(name, value)
         systemd = hc.Systemd()
-        assert "NOTIFY_SOCKET" not in os.environ and systemd.watchdog == 2
+        assert "NOTIFY_SOCKET" not in os.environ
         systemd.notify("READY=1", "STATUS=" + "ü" * 5000)
         wait_until(lambda: messages, "the message")
         (when, message) = messages[0]
@@ -1722,13 +1725,15 @@ def test_notify_speaks_the_protocol_and_no_message_is_too_long(tmp_path, monkeyp
 
 
 class Recorder:
-    """Stands for a Systemd, a Writer or an Inbox where only what they are told matters."""
-
-    watchdog, mark_file, mark = 60.0, "", None
+    """Stands for a Systemd or a Writer where only what they are told matters."""
 
     def __init__(self):
-        self.said = []
+        self.said, self.marks = [], []
         self.thread, self.has_news = threading.current_thread(), threading.Event()  # (alive)
+
+    @property
+    def mark(self):
+        return self.marks[-1] if self.marks else None
 
     def notify(self, *lines):
         self.said += lines
@@ -1779,7 +1784,7 @@ def test_the_file_that_remembers_a_mark_is_written_before_lines_that_wait(tmp_pa
     file, (reader, end) = tmp_path / "marked", full_pipe()
 
     def note(ours, mark):
-        ours.mark = mark
+        ours.marks.append(mark)
         ours.has_news.set()
 
     with writer(mark_file=str(file)) as ours:
@@ -1795,6 +1800,9 @@ def test_the_file_that_remembers_a_mark_is_written_before_lines_that_wait(tmp_pa
         note(ours, "i-2")
         said = "is not remembered over a restart"
         wait_until(lambda: said in capfd.readouterr().err, "a word of it")
+        file.rmdir()
+        note(ours, "i-2")  # at the next call
+        wait_until(file.exists, "the file again")
     os.close(reader)
     os.close(end)
 
@@ -1802,7 +1810,7 @@ def test_the_file_that_remembers_a_mark_is_written_before_lines_that_wait(tmp_pa
 def test_a_file_is_replaced_with_its_mode_whatever_the_umask(tmp_path):
     umask = os.umask(0o077)
     try:
-        hc.replace_file(str(tmp_path / "f"), b"x", 0o644)
+        hc.replace_file(str(tmp_path / "f"), "x", 0o644)
     finally:
         os.umask(umask)
     assert (tmp_path / "f").stat().st_mode & 0o777 == 0o644 and len(os.listdir(tmp_path)) == 1
@@ -1845,7 +1853,6 @@ class FakeLoop:
 
     def __init__(self, check, inbox, due):
         self.check, self.due, self.probing, self.alive, self.number = check, due, None, True, 0
-        self.started = False
 
     def start(self):
         self.started = True
@@ -1882,12 +1889,10 @@ class World:
 
     def __init__(self):
         self.instance = hc.Instance("InService", "i-1", "i-1", "eu-west-1")
-        self.is_readable = True
+        self.is_readable, self.clients, self.group = True, 0, "Healthy"
         self.fate = None  # what a call raises, if it does
         self.before_call = None  # what happens while the credentials are got
         self.calls = []  # (status, did it come to be)
-        self.clients = 0
-        self.group = "Healthy"
 
     def read_metadata(self, before):
         if self.is_readable:
@@ -1909,6 +1914,7 @@ class World:
             self.group = HealthStatus
         if self.fate:
             raise self.fate
+        return {"ResponseMetadata": {"HTTPHeaders": {"x-amzn-requestid": "r"}}}
 
 
 @pytest.fixture
@@ -2047,13 +2053,12 @@ def test_nothing_is_probed_before_the_grace_period_is_over(rig):
     assert phases == ["grace", "watching"]
 
 
-def test_faults_of_this_program_are_logged_once_in_a_run(rig, logged):
-    rig().probe("ppp" + "x" * 50 + "p" + "x", seconds=0.1)
-    assert len([text for text in texts(logged, "ERROR") if "this program's fault" in text]) == 2
-
-
-def test_a_fault_of_a_step_is_logged_once_in_a_run_and_tried_again_after_a_second(rig, logged):
+def test_faults_of_this_program_are_logged_once_in_a_run_and_steps_tried_again(rig, logged):
     rig = rig()
+    rig.probe("ppp" + "x" * 50 + "p" + "x", seconds=0.1)
+    said = texts(logged, "ERROR")
+    assert len(said) == 2 and all("this program's fault" in text for text in said)
+    logged.clear()
     rig.main.take_verdict = lambda now: 1 / 0
     assert [rig.main.try_step(rig.now + 10 + n) for n in range(3)] == [1.0] * 3
     del rig.main.take_verdict
@@ -2237,10 +2242,10 @@ def test_a_reload_of_a_bad_file_or_of_none_changes_nothing_and_is_told(rig, logg
     rig.inbox.append(signal.SIGHUP)
     rig.step()
     assert rig.main.watches == watches and rig.main.status is None
-    said = texts(logged, "WARNING") + texts(logged, "ERROR")
-    assert said[0] == "SIGHUP ignored: the configuration came from standard input"
-    assert f"not reloaded, the old one stays: {tmp_path}/f.yml:1: no key" in said[1]
-    assert "is not a file any more" in said[2]
+    ignored = "SIGHUP ignored: the configuration, {}, is no file".format
+    assert texts(logged, "WARNING") == [ignored("-"), ignored(f"{tmp_path}/f.yml")]
+    (error,) = texts(logged, "ERROR")
+    assert f"not reloaded, the old one stays: {tmp_path}/f.yml:1: no key" in error
 
 
 def test_a_reload_for_which_no_thread_can_be_made_ends_the_daemon(rig, logged, tmp_path):
@@ -2257,7 +2262,7 @@ def test_a_reload_for_which_no_thread_can_be_made_ends_the_daemon(rig, logged, t
 def test_the_watchdog_is_withheld_while_a_thread_has_ended_or_a_check_has_only_faults(rig, ill):
     rig = rig()
     rig.probe("p" * 60)
-    assert 4 <= rig.systemd.said.count("WATCHDOG=1") <= 7
+    assert 10 <= rig.systemd.said.count("WATCHDOG=1") <= 14
     if ill == "loop":
         rig.loop().alive = False
     elif ill == "marker":
@@ -2266,7 +2271,7 @@ def test_the_watchdog_is_withheld_while_a_thread_has_ended_or_a_check_has_only_f
         rig.writer.thread = threading.Thread()
     else:
         rig.probe("x" * 299)
-        assert rig.systemd.said.count("WATCHDOG=1") > 15
+        assert rig.systemd.said.count("WATCHDOG=1") > 60
         rig.probe("x" * 20)
     rig.systemd.said.clear()
     rig.probe("x" * 60)
@@ -2847,8 +2852,6 @@ def test_the_launch_time_shortens_the_grace_period():
     with Program("-dry-run", "-healthcheckfile=-", "-launchtime", launched, stdin=text) as program:
         seconds = re.search("grace period: (.*)s", program.wait_for("grace period"))[1]
         assert 1700 < float(seconds) <= 1800
-    with Program("-dry-run", "-healthcheckfile=-", "-launchtime", "1", stdin=text) as program:
-        assert "grace period: 3600s" in program.wait_for("grace period")  # over long ago: from now
         assert program.stop() == STOPPED
 
 
@@ -2974,10 +2977,6 @@ def limit(program, *options):
     subprocess.run(["prlimit", "--pid", str(program.process.pid), *options], check=True)
 
 
-def refusing(status, code, text):
-    return lambda request: request.refuse(status, code, text)
-
-
 def resetting(request):
     request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     request.connection.close()
@@ -2993,7 +2992,8 @@ def hanging(request):
 AWS_FAULTS = {
     "throttling": (refusing(400, "Throttling", "Rate exceeded"), "Throttling.* -- AWS limits the"),
     "500": (refusing(500, "InternalFailure", "An error"), "InternalFailure.* -- AWS has a fault"),
-    "malformed": (lambda request: request.answer(PAGE), " -- AWS has a fault"),
+    "malformed": (lambda request: request.answer(PAGE), " -- something else answers there"),
+    "page": (lambda request: request.answer(XHTML), "no AWS request id .* -- something else answ"),
     "reset": (resetting, "Connection.* -- look at routes"),
     "hang": (hanging, "[Tt]imeout.* -- look at routes"),
     "denied": (refusing(403, "AccessDenied", DENIAL), f"explicit deny .* -- allow {hc.PERMISSION}"),
@@ -3037,7 +3037,8 @@ def test_as_its_unit_runs_it_it_is_compiled_rehearses_from_its_source_and_marks(
 
 
 MARKED = '<SetInstanceHealthResponse xmlns="http://autoscaling.amazonaws.com/doc/2011-01-01/"/>'
-MARKED = OK.partition("\r\n")[0] + f"\r\nContent-Length: {len(MARKED)}\r\n\r\n{MARKED}"
+MARKED = f"x-amzn-RequestId: r\r\nContent-Length: {len(MARKED)}\r\n\r\n{MARKED}"
+MARKED = OK.replace("Content-Length: 2\r\n\r\nok", MARKED)
 
 
 def test_a_call_by_https_works_though_ssl_was_hidden_from_http_client(cloud, serve, tmp_path):
@@ -3230,13 +3231,12 @@ def test_systemd_is_told_what_its_protocol_asks_for(cloud, tmp_path):
     with service_manager(tmp_path) as (env, messages), sick(cloud, env=env, checks=web) as program:
         program.wait_for("Ready to mark")
         assert messages[0][1].startswith("READY=1\nSTATUS=undecided: web ")
-        wait_until(lambda: len(said(messages, "WATCHDOG=1")) >= 8, "the watchdog to be fed")
-        fed = said(messages, "WATCHDOG=1")
-        assert sorted(gaps(fed))[3] < 1.5
+        wait_until(lambda: len(said(messages, "WATCHDOG=1")) >= 4, "the watchdog to be fed")
+        assert min(gaps(said(messages, "WATCHDOG=1"))) < 15  # of the unit's 60
         program.process.send_signal(signal.SIGSTOP)
         time.sleep(1)
         fed = len(said(messages, "WATCHDOG=1"))
-        time.sleep(2)
+        time.sleep(6)
         assert len(said(messages, "WATCHDOG=1")) == fed  # a main thread that is stuck feeds none
         program.process.send_signal(signal.SIGCONT)
         wait_until(lambda: len(said(messages, "WATCHDOG=1")) > fed, "the watchdog to be fed again")
