@@ -802,8 +802,7 @@ def read_metadata(before: Instance) -> Instance:
 
 def _metadata(method, path, header, value):
     """One item; None if there is no lifecycle state."""
-    failure = None
-    for _ in range(METADATA_ATTEMPTS):
+    for attempts_left in reversed(range(METADATA_ATTEMPTS)):
         try:
             deadline = Deadline(1.0)
             endpoint = metadata_endpoint(path)
@@ -813,9 +812,9 @@ def _metadata(method, path, header, value):
             if response.status == 200 and re.fullmatch(rb"[\w:=/+-]{1,200}\s*", body):
                 return body.decode().strip()  # a web page in its place is not believed
             raise ProbeFailure(f"HTTP status {response.status} for {path}, {len(body)} bytes")
-        except ProbeFailure as error:
-            failure = error
-    raise failure
+        except ProbeFailure:
+            if not attempts_left:
+                raise
 
 
 def metadata_endpoint(path):
@@ -833,13 +832,19 @@ def prepare_botocore():
     os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", str(METADATA_ATTEMPTS))
 
 
+modules_before = None  # the names of those before boto3, while that is not imported well
+
+
 def autoscaling(region, is_signed=True):
     """A new client of the Auto Scaling API, credentials in hand; ImportError if boto3 is broken.
 
     New each time: a session made while credentials were missing never finds any. What was imported
-    in vain is forgotten, so that the next try is one.
+    in vain is forgotten before the next try: there may have been no memory for even that.
     """
-    before = set(sys.modules)
+    global modules_before
+    modules_before = modules_before or set(sys.modules)
+    for name in set(sys.modules) - modules_before:
+        del sys.modules[name]
     try:
         import boto3.session
         import botocore.config
@@ -853,9 +858,8 @@ def autoscaling(region, is_signed=True):
         config = botocore.config.Config(**options)
         client = session.client("autoscaling", endpoint_url=url, config=config)
     except BaseException as error:
-        for name in set(sys.modules) - before:
-            del sys.modules[name]
         raise ImportError(f"{type(error).__name__}: {error}") from error
+    modules_before = None
     credentials = session.get_credentials()
     if not credentials:
         raise LookupError("unable to locate credentials")
@@ -1478,7 +1482,7 @@ class Daemon(Watcher):
             self.tell(now)
         if now >= self.feed_at and self.is_well(now):
             self.systemd.notify("WATCHDOG=1")
-            self.feed_at = now + 5.0
+            self.feed_at = now + 2.0
         return wake
 
     def tell_marker(self):
