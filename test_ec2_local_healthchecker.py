@@ -3096,11 +3096,11 @@ def test_a_signal_at_any_moment_ends_it_within_a_second_and_without_a_traceback(
     for n in range(20):
         with sick(cloud) as program:
             time.sleep(n * 0.04)
-            status, seconds = program.stop(signal.SIGINT if n % 2 else signal.SIGTERM)
-            # Before the program is there to see it, Python takes the signal (and tells SIGINT).
-            early = status in (-signal.SIGTERM, -signal.SIGINT) and not program.out
+            # (Python itself may lose a SIGINT while it starts.)
+            number = signal.SIGINT if n % 2 and program.out else signal.SIGTERM
+            status, seconds = program.stop(number)
+            early = status == -signal.SIGTERM and not program.out  # it was not there to see it
             assert (status == 0 or early) and seconds == PROMPTLY, program.lines
-            program.err[:] = [] if early else program.err
             times.append(seconds)
     assert sorted(times)[13] < 1
 
