@@ -1818,7 +1818,10 @@ def print_status():
     elif state["ActiveState"] != "inactive":  # as it is once it was stopped on purpose
         lines.append(last_words())
     say("\n".join(lines))
-    return 3 if not is_running else 4 if could_mark is False else 0
+    if is_running:
+        return 4 if could_mark is False else 0
+    tell_mark()
+    return 3
 
 
 def status_lines(status, now):

@@ -1809,10 +1809,8 @@ def test_the_file_that_remembers_a_mark_is_written_before_lines_that_wait(tmp_pa
 
 def test_a_file_is_replaced_with_its_mode_whatever_the_umask(tmp_path):
     umask = os.umask(0o077)
-    try:
-        hc.replace_file(str(tmp_path / "f"), "x", 0o644)
-    finally:
-        os.umask(umask)
+    hc.replace_file(str(tmp_path / "f"), "x", 0o644)
+    os.umask(umask)
     assert (tmp_path / "f").stat().st_mode & 0o777 == 0o644 and len(os.listdir(tmp_path)) == 1
 
 
@@ -2602,9 +2600,8 @@ class Machine(stateful.RuleBasedStateMachine):
         for name in before:
             assert self.results[name].count(False) <= before[name] + 1, "a pause is evidence"
 
-    @rule(text=CONFIGS | st.none(), seconds=SECONDS)
+    @rule(text=CONFIGS | st.none(), seconds=SECONDS)  # None: from a bad file
     def the_configuration_is_reloaded(self, text, seconds):
-        """... from a bad file, if that is None."""
         old = {check.name: check for check in self.config.checks}
         self.file = text or "checks:\n"
         if text:
@@ -3411,8 +3408,11 @@ def test_status_exits_with_3_when_the_service_does_not_run(tmp_path):
     said = "healthchecker: inactive (dead), since Sat 2026-11-21, enabled, restarts: 0"
     assert service_command(tmp_path, "status", STOPPED_STATE) == (3, said)  # with no old error
     never = re.sub("(Timestamp|UnitFileState)=.*", r"\1=", STOPPED_STATE)
-    said = "healthchecker: inactive (dead), since ever, not installed, restarts: 0"
-    assert service_command(tmp_path, "status", never) == (3, said)
+    note = "mount -t tmpfs tmpfs /var/lib && cd /var/lib && mkdir healthchecker && "
+    note += "printf i-1 > healthchecker/marked &&"
+    said = "healthchecker: inactive (dead), since ever, not installed, restarts: 0\nA mark of this"
+    code, text = service_command(tmp_path, "status", never, note)
+    assert code == 3 and text.startswith(said) and "may stand on i-1" in text
 
 
 def test_status_shows_why_a_service_does_not_come_up(tmp_path):
