@@ -1236,8 +1236,8 @@ class Writer(logging.Handler):
         try:
             if self.mark_file:
                 replace_file(self.mark_file, mark, 0o644)
-        except OSError as error:
-            log.warning(f"A mark is not remembered over a restart: {error}")
+        except Exception as error:
+            log.warning(f"A mark is not remembered over a restart: {named(error)}")
 
     def finish(self):
         """Give it a moment for the last mark and the last lines."""
