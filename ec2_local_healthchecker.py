@@ -143,7 +143,7 @@ class ConfigError(Exception):
     status = 2  # the exit status
 
 
-def shown(text):
+def quoted(text):
     """`text` quoted for a message: on one line, and not too much of it."""
     return ascii(text[:60])
 
@@ -168,11 +168,11 @@ def parse_duration(text: str) -> float:
     if not re.fullmatch(f"[+-]?(?:0|(?:{DURATION_PART})+)", text):
         is_number = re.fullmatch("[0-9]{1,9}", text)
         advice = f"{text}s" if is_number else "numbers with units, like 10s or 1h30m"
-        raise ConfigError(f"{shown(text)} is no duration: write {advice}")
+        raise ConfigError(f"{quoted(text)} is no duration: write {advice}")
     parts = re.findall(DURATION_PART, text)
     seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
     if seconds > 86400:
-        raise ConfigError(f"{shown(text)} is too long: write at most 24h")
+        raise ConfigError(f"{quoted(text)} is too long: write at most 24h")
     return -seconds if text[0] == "-" else seconds
 
 
@@ -243,7 +243,7 @@ def parse_yaml(text: str) -> tuple[dict, dict]:
         key = _unquoted(entry[1])
         path += (key,)
         if path in lines:
-            raise ConfigError(f"{number}: {shown(key)} is on line {lines[path]} already: keep one")
+            raise ConfigError(f"{number}: {quoted(key)} is on line {lines[path]} already: keep one")
         mapping[key] = _unquoted(entry[2]) if entry[2] else ""
         waiting = None if entry[2] else path
         lines[path] = number
@@ -296,7 +296,7 @@ def _unescaped(escape):
 
 # ---- Configuration -------------------------------------------------------------------------------
 # Every key with its reader and its default, and all validation: a configuration that loads will
-# run. Nothing is resolved or connected to here, and nothing opened but the file itself.
+# run. Nothing is resolved or connected to here, and no file is opened but the configuration.
 
 DEFAULT_FILE = "/etc/sysconfig/ec2-local-healthchecker.yml"
 DEFAULT_PORTS = {"http": 80, "https": 443, "tcp": 0}  # 0: none
@@ -308,20 +308,26 @@ AUTHORITY = re.compile(
     """,
     re.VERBOSE | re.ASCII | re.IGNORECASE,
 )
+LOOPBACK = re.compile(r"localhost|127\.[0-9.]+|::1")  # hosts that are always this machine
 ENDPOINTS = "a URL, like http://localhost:80/, or host:port, like localhost:11211"
+
+
+def hide_secrets(url):
+    """`url` for people to read, without what may be a secret: its user, password and query."""
+    return re.sub("[?#].*", "?***", re.sub("//[^/?#]*@", "//***@", url), flags=re.DOTALL)
 
 
 class Endpoint(typing.NamedTuple):
     """Where to connect to, and for http and https what to request there."""
 
     scheme: str  # tcp, http or https
-    host: str  # an IPv6 address without its brackets
+    host: str  # in lower case; an IPv6 address without its brackets
     port: int
     path: str  # with the query
 
     @classmethod
     def from_text(cls, text: str) -> Endpoint:
-        """The endpoint in an http or https URL, or in host:port; ConfigError if there is none."""
+        """The endpoint in an http or https URL, or in host:port; ConfigError if it is neither."""
         is_tcp = "//" not in text
         try:
             parts = urllib.parse.urlsplit("tcp://" + text if is_tcp else text)
@@ -330,22 +336,27 @@ class Endpoint(typing.NamedTuple):
             if ipv6:
                 socket.inet_pton(socket.AF_INET6, host)
             elif re.fullmatch("[0-9.]+", host):
-                socket.inet_aton(host)  # short forms, too, like 127.1
+                socket.inet_aton(host)  # also short forms like 127.1
             port = port or str(DEFAULT_PORTS[parts.scheme])
             port = int(port) if port.isdigit() else socket.getservbyname(port, "tcp")
             is_whole = parts.netloc == text if is_tcp else parts.scheme in ("http", "https")
             if not (is_whole and host and 0 < port < 65536 and re.fullmatch("[!-~]+", text)):
                 raise ValueError
         except (AttributeError, KeyError, OSError, ValueError):
-            problem = f"{shown(text)} is no endpoint: write {ENDPOINTS}"
-            if "@" in text:  # what may be a password is not shown
+            problem = f"{quoted(hide_secrets(text))} is not an endpoint: write {ENDPOINTS}"
+            if "@" in text:
                 problem = "a user or password in a URL: write an Authorization header"
             raise ConfigError(problem) from None
         path = "" if is_tcp else parts.path or "/"
         return cls(parts.scheme, host, port, f"{path}?{parts.query}" if parts.query else path)
 
     def __str__(self):
-        return self.origin.replace("tcp://", "") + self.path
+        return hide_secrets(self.url).replace("tcp://", "")
+
+    @property
+    def url(self) -> str:
+        """The whole URL; it may hold a secret."""
+        return self.origin + self.path
 
     @property
     def origin(self) -> str:
@@ -353,51 +364,64 @@ class Endpoint(typing.NamedTuple):
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}"
 
-    def is_local(self) -> bool:
-        """Whether it is certainly on this machine."""
-        own_names = f"localhost|127[.][0-9.]*|::1|0[.]0[.]0[.]0|{re.escape(socket.gethostname())}"
-        return bool(re.fullmatch(own_names, self.host, re.IGNORECASE))
 
-
-def _duration(text):
+def positive_duration(text):
+    """Seconds; ValueError if there are none."""
     seconds = parse_duration(text)
     if seconds <= 0:
         raise ValueError
     return seconds
 
 
-def _status(text):
+def grace_period(text):
+    return 0.0 if text == "0" else positive_duration(text)
+
+
+def status_codes(text):
+    """A list of codes and ranges, without blanks; ValueError if it is not one."""
     text = text.replace(" ", "")
     for part in text.split(","):
-        # Of 1xx, only 101 is ever a final code: a check of another would fail for ever.
+        # 101 is the only 1xx code that can be final: a check of another would always fail.
         if not re.fullmatch("101|[2-5][0-9]{2}(-[2-5][0-9]{2})?", part) or part[:3] > part[-3:]:
             raise ValueError
     return text
+
+
+def positive_integer(text):
+    return int(re.fullmatch("[1-9][0-9]{0,5}", text)[0])
+
+
+def empty_mapping(data):
+    """An empty mapping, which the keys of `data` are read into later."""
+    if not data.items():
+        raise ValueError
+    return {}
 
 
 TYPES = {"tcp": "tcp", "http": "http", "https": "http"}
 BOOLEANS = dict.fromkeys("true yes on t 1".split(), True)
 BOOLEANS.update(dict.fromkeys("false no off f 0".split(), False))
 
-# What reads what is written at a key (or raises any error), and what to write instead.
-TIME = (_duration, "write a duration of more than 0, like 10s")
+# For each key: the function that reads its value (or raises), and what to write instead.
+DURATION = (positive_duration, "write a duration of more than 0, like 10s")
 BOOLEAN = (lambda text: BOOLEANS[text.lower()], "write true or false")
 TOP_KEYS = {
-    "graceperiod": (lambda text: parse_duration(text) and _duration(text), TIME[1]),
-    "frequency": TIME,
+    "graceperiod": (grace_period, DURATION[1]),
+    "frequency": DURATION,
     "recovery": BOOLEAN,
-    "checks": (lambda data: data.items() and {}, "write at least one check below it, indented"),
+    "checks": (empty_mapping, "write at least one check below it, indented"),
 }
 CHECK_KEYS = {
     "type": (lambda text: TYPES[text.lower()], "write tcp or http"),
     "endpoint": (Endpoint.from_text, f"write {ENDPOINTS}"),
-    "timeout": TIME,
-    "threshold": (lambda text: int(re.fullmatch("[1-9][0-9]{0,5}", text)[0]), "write 1 to 999999"),
-    "frequency": TIME,
-    "status": (_status, "write codes of 200 to 599, like 200,204 or 200-299"),
-    "headers": (lambda data: data.items() and {}, "write names and values below it, indented"),
+    "timeout": DURATION,
+    "threshold": (positive_integer, "write 1 to 999999"),
+    "frequency": DURATION,
+    "status": (status_codes, "write codes of 200 to 599, like 200,204 or 200-299"),
+    "headers": (empty_mapping, "write names and values below it, indented"),
     "tls_verify": BOOLEAN,
 }
+HTTP_KEYS = ("status", "headers", "tls_verify")  # a tcp check has none of these
 
 
 class Check(typing.NamedTuple):
@@ -415,135 +439,155 @@ class Check(typing.NamedTuple):
 
 
 class Config(typing.NamedTuple):
-    """A configuration, valid; times in seconds."""
+    """A valid configuration; times in seconds."""
 
     graceperiod: float = 300.0
     frequency: float = 10.0
     recovery: bool = True
     checks: tuple = ()
-    warnings: tuple = ()  # lines to tell the operator
+    warnings: tuple = ()  # lines for the operator
 
     @classmethod
     def from_text(cls, text: str, source: str) -> Config:
-        """The configuration in a text; ConfigError with one line, FILE:LINE: what to mend."""
-        written, warnings, place = {}, [], ""
+        """The configuration in `text`; ConfigError with one line, SOURCE:LINE: what to change."""
+        values, warnings, place = {}, [], ""
         try:
             data, lines = parse_yaml(text)
-            for path, line in lines.items():  # outer keys come before inner ones
-                place, value = f"{line}: {printable(path[-1], 60)}: ", data
-                for key in path:
-                    value = value[key]
-                read_key(path, value, written)
+            for path, line in lines.items():  # in the order of the file: outer keys come first
+                place = f"{line}: {printable(path[-1], 60)}: "
+                read_key(path, data, values)
                 if path[-1] == "threashold":
                     warnings.append(f"{source}:{place}read as threshold: correct the spelling")
-            config, place = cls(**written), "1: "
+            config, place = cls(**values), "1: "
             if not config.checks:
                 raise ConfigError("no checks: write 'checks:', with at least one below it")
-            checks = []
-            for name, keys in config.checks.items():
-                place = f"{lines['checks', name]}: {name}: "
-                check = finished_check(name, {"frequency": config.frequency, **keys})
-                checks.append(check)
-                if not check.endpoint.is_local():
-                    advice = 'is another machine, see "Across a group" in the README'
-                    warnings.append(f"{source}:{place}if {check.endpoint.host} {advice}")
         except ConfigError as error:
             raise ConfigError(f"{source}:{place}{error}") from None
+        checks = []
+        for name, keys in config.checks.items():
+            checks.append(Check(name, **{"frequency": config.frequency, **keys}))
+            host = checks[-1].endpoint.host
+            if not LOOPBACK.fullmatch(host) and host not in ("0.0.0.0", socket.gethostname()):
+                place = f"{source}:{lines['checks', name, 'endpoint']}: {name}: "
+                advice = 'is another machine, see "Across a group" in the README'
+                warnings.append(f"{place}if {host} {advice}")
         return config._replace(checks=tuple(checks), warnings=tuple(warnings))
 
     def as_dict(self) -> dict:
-        """The effective configuration, without the values of headers: they may be secrets."""
+        """The effective configuration; what may be a secret is masked."""
         checks = {}
         for check in self.checks:
-            hidden = dict.fromkeys(check.headers, "***")
-            row = check._replace(endpoint=str(check.endpoint), headers=hidden)._asdict()
+            masked = dict.fromkeys(check.headers, "***")
+            row = check._replace(endpoint=str(check.endpoint), headers=masked)._asdict()
             checks[row.pop("name")] = row
         return {**{key: getattr(self, key) for key in TOP_KEYS}, "checks": checks}
 
 
-def read_key(path, value, written):
-    """Read one key into the dictionary at its place in `written`; ConfigError if it will not do."""
-    name = path[-1]
-    keys, values = (CHECK_KEYS, written["checks"][path[1]]) if path[2:] else (TOP_KEYS, written)
-    key = "threshold" if name == "threashold" else name  # it is in files out there
+def read_key(path, data, values):
+    """Read the key at `path` of `data` into its place in `values`; ConfigError if it is wrong."""
+    name, value = path[-1], data
+    for key in path:
+        value = value[key]
     if len(path) == 2:
-        if not isinstance(value, dict) or not name.isprintable() or not name.strip():
-            raise ConfigError("a check has keys, indented below its name: write at least endpoint")
-        written["checks"][name] = {}
+        values["checks"][name] = {}
+        require_check(name, value, data["checks"])
     elif len(path) == 4:
-        read_header(values["headers"], name.title(), value)
-    elif key not in keys:
-        raise ConfigError(f"unknown key: {nearest(name, keys)}")
-    elif key in values:
-        raise ConfigError("threshold is written twice: keep one")
+        read_header(values["checks"][path[1]]["headers"], name.title(), value)
+    elif len(path) == 3:
+        read_value(name, value, CHECK_KEYS, values["checks"][path[1]])
+        require_fit(name, values["checks"][path[1]], data["checks"][path[1]])
     else:
-        read, advice = keys[key]
-        try:
-            values[key] = read(value)
-        except (AttributeError, KeyError, TypeError, ValueError):
-            what = "this" if key == "headers" else shown(str(value))
-            raise ConfigError(f"{what} will not do: {advice}") from None
+        read_value(name, value, TOP_KEYS, values)
+
+
+def read_value(name, value, keys, values):
+    """Read one of these keys into `values`."""
+    key = "threshold" if name == "threashold" else name  # it is in files out there
+    if key not in keys:
+        raise ConfigError(f"unknown key: {nearest(name, keys)}")
+    if key in values:
+        raise ConfigError("threshold is written twice: keep one")
+    read, advice = keys[key]
+    try:
+        values[key] = read(value)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        what = "this value" if key == "headers" else quoted(str(value))
+        raise ConfigError(f"{what} is not valid: {advice}") from None
+
+
+def require_check(name, keys, checks):
+    """ConfigError unless `keys`, all that the check has, can be those of a check."""
+    strays = [key for key in checks if key in CHECK_KEYS and isinstance(checks[key], str)]
+    if name in strays:
+        raise ConfigError("this is a key of a check: indent it below the name of its check")
+    if keys == "" and strays:
+        return  # they belong to this check: the mistake is on their own lines
+    if not isinstance(keys, dict) or not name.isprintable() or not name.strip():
+        raise ConfigError("a check has keys, indented below its name: write at least endpoint")
+    if "endpoint" not in keys:
+        raise ConfigError("a check has an endpoint: write one below it, indented")
+
+
+def require_fit(name, values, keys):
+    """ConfigError if the key that was read last does not fit the type of its check."""
+    is_tcp = TYPES.get(str(keys.get("type")).lower()) == "tcp"
+    if is_tcp and name in HTTP_KEYS:
+        raise ConfigError(f"{name} is for http checks, and this one is tcp: remove it")
+    if name == "endpoint" and is_tcp != (values[name].scheme == "tcp"):
+        advice = "a URL: write 'type: http'" if is_tcp else "host:port: write 'type: tcp'"
+        raise ConfigError(f"{values[name]} is {advice} beside it")
 
 
 def read_header(headers, name, value):
-    """Read one header, its name in title case, for they are one in any case (RFC 9110, 5.1)."""
+    """Read one header, its name in title case: names are equal in any case (RFC 9110, 5.1)."""
     if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
-        raise ConfigError("this is no header name: write one like Host")
+        raise ConfigError("this is not a header name: write one like Host")
     if name in ("Connection", "Content-Length", "Expect", "Transfer-Encoding"):
-        raise ConfigError("a probe has no body and one request: remove it")
+        raise ConfigError("a probe sends one request without a body: remove this header")
     if not isinstance(value, str) or not re.fullmatch("[ -~]+", value):
         raise ConfigError("the value is not one line of printable ASCII: write one")
     if name == "Host" and (value[0] == ":" or not AUTHORITY.fullmatch(value)):
-        raise ConfigError(f"{shown(value)} is no host: write one like www.example.com")
+        raise ConfigError(f"{quoted(value)} is not a host: write one like www.example.com")
     if name in headers:
         raise ConfigError("this header is here twice: keep one")
     headers[name] = value
 
 
-def finished_check(name, written):
-    """The check that has these keys; ConfigError if they do not go together."""
-    check = Check(name, **written)
-    endpoint, is_tcp = check.endpoint, check.type == "tcp"
-    if not endpoint:
-        raise ConfigError("a check has an endpoint: write one below it, indented")
-    if is_tcp != (endpoint.scheme == "tcp"):
-        advice = "a URL: write 'type: http'" if is_tcp else "host:port: write 'type: tcp'"
-        raise ConfigError(f"{endpoint} is {advice} beside it")
-    for key in ("status", "headers", "tls_verify"):
-        if is_tcp and key in written:
-            raise ConfigError(f"{key} is for http checks, and this one is tcp: remove it")
-    return check
-
-
 def nearest(name, known):
     """What to write instead of an unknown name."""
-    import difflib  # for a mistake only
+    import difflib  # only a mistake needs it
 
     near = difflib.get_close_matches(name.lower(), known, n=1)
     return f"did you mean {near[0]}?" if near else "write one of " + ", ".join(known)
 
 
 def load_config(path: str) -> Config:
-    """The configuration in a file, or of standard input for "-"; ConfigError if it is none."""
+    """The configuration in a file, or on standard input for "-"; ConfigError if there is none."""
     source = "<stdin>" if path == "-" else printable(path)
     try:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             text = file.read().decode("utf-8", "replace")
     except OSError as error:
         advice = "write it, or name another with -healthcheckfile"
-        if isinstance(error, PermissionError):
-            advice = "make file and folders readable for all, the service is a user of its own"
+        if path.startswith("/run/credentials/"):
+            advice = "restart the service: a reload does not get its credentials"
+        elif isinstance(error, PermissionError):
+            advice = "make file and folders readable for all: the service is not root"
+            if os.path.realpath(path).startswith(("/home/", "/root/")):
+                advice = "move it to /etc: the service cannot see /home and /root"
         raise ConfigError(f"{source}: cannot be read ({error.strerror}): {advice}") from None
     return Config.from_text(text, source)
 
 
 # ---- Probes --------------------------------------------------------------------------------------
 # One attempt each: return, or raise ProbeFailure for what the service did, and anything else for
-# what went wrong in this program. One deadline bounds all of it. Nothing is counted here.
+# what went wrong on this side. One deadline bounds all of it. Nothing is counted here.
 
 MAX_REDIRECTS = 10
 REDIRECTS = (301, 302, 303, 307, 308)
-LARGEST_HEAD, LARGEST_BODY = 2**20, 2**16  # bytes of a response that are read
+LARGEST_HEAD, LARGEST_BODY = 2**20, 2**20  # bytes of a response that are read
+# This machine lacks descriptors, buffers or memory: that is no evidence against a service.
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, socket.EAI_MEMORY)
 
 
 class ProbeFailure(Exception):
@@ -553,8 +597,13 @@ class ProbeFailure(Exception):
         super().__init__(printable(reason))
 
 
+def failure(error, reason):
+    """What to raise for an OSError: a ProbeFailure, or the error itself if it is a shortage."""
+    return error if getattr(error, "errno", None) in SHORTAGES else ProbeFailure(reason)
+
+
 class Deadline:
-    """The time by which one attempt is over, `timeout` seconds after it began."""
+    """The time by which one attempt must end, `timeout` seconds after its start."""
 
     def __init__(self, timeout: float):
         self.timeout, self.end = timeout, time.monotonic() + timeout
@@ -574,10 +623,10 @@ def connect(host: str, port: int, deadline: Deadline):
     """A TCP connection to the first address that accepts one, or ProbeFailure."""
     # They are tried in turn, each with an even share of the time left, as Go's dialer does.
     try:
-        # As bytes: a str would be put through the IDNA codec, which costs a megabyte to load.
+        # As bytes: a str would go through the IDNA codec, which takes a megabyte to load.
         addresses = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise ProbeFailure(f"cannot resolve {host}: {error.strerror}") from None
+        raise failure(error, f"cannot resolve {host}: {error.strerror}") from None
     reasons = []
     while addresses:
         share = deadline.left(f"connecting to {host} port {port}") / len(addresses)
@@ -593,7 +642,9 @@ def connect(host: str, port: int, deadline: Deadline):
         except OSError as error:
             if sock:
                 sock.close()
-            if error.errno == errno.EMFILE:
+            elif error.errno != errno.EAFNOSUPPORT:  # which a kernel without IPv6 answers
+                raise
+            if error.errno in SHORTAGES:
                 raise
             reason = error.strerror or f"no answer in {share:.3g}s"
             reasons.append(f"{address[0]} port {port}: {reason}")
@@ -601,20 +652,23 @@ def connect(host: str, port: int, deadline: Deadline):
 
 
 class Tls:
-    """The TLS context of one check: made when needed, and anew after a certificate was refused."""
+    """The TLS context of one check: made when needed, and again after a certificate was refused."""
 
     def __init__(self, verify=True):
         self.verify = verify
         self.context = None
 
     def prepare(self):
-        """Python's default context, but with the same verdict on a certificate on every Python."""
+        """Python's default context, made to accept the same certificates on every Python."""
         import ssl
 
         if not self.context:
             context = ssl.create_default_context()
             context.set_ciphers("DEFAULT")  # of the system: Python 3.10 and later offer fewer
-            context.verify_flags = ssl.VERIFY_X509_TRUSTED_FIRST  # 3.13 sets flags that refuse more
+            context.set_alpn_protocols(["http/1.1"])  # some servers hang up without it
+            # Python 3.13 adds VERIFY_X509_STRICT, which refuses more, and PARTIAL_CHAIN, which
+            # trusts every certificate in the store, as curl and Go do. Before 3.10 it has no name.
+            context.verify_flags = ssl.VERIFY_X509_TRUSTED_FIRST | 0x80000
             if not self.verify:
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
@@ -627,8 +681,13 @@ def probe_tcp(check: Check, tls):
     connect(check.endpoint.host, check.endpoint.port, Deadline(check.timeout)).close()
 
 
-def probe_http(check: Check, tls):
-    """Pass if a GET, after redirects, ends in one of the check's codes; `tls` is the check's."""
+def probe_http(check: Check, tls) -> str | None:
+    """Pass if a GET ends in one of the check's codes, or in a redirect to another host.
+
+    Redirects on this machine are followed. One that leaves it passes, because the service has
+    answered: what a load balancer says there is true of all instances at once. Returns a remark
+    on that, or None. `tls` is the check's.
+    """
     deadline = Deadline(check.timeout)
     endpoint, headers = check.endpoint, check.headers
     try:
@@ -636,57 +695,68 @@ def probe_http(check: Check, tls):
             response, _ = exchange("GET", endpoint, headers, deadline, tls)
             code = str(response.status)
             if any(part[:3] <= code <= part[-3:] for part in check.status.split(",")):
-                return
+                return None
             location = (response.headers["Location"] or "").strip(" \t")
             if response.status not in REDIRECTS or not location:
                 raise ProbeFailure(f"HTTP status {code} {response.reason}")
-            endpoint = _redirected(endpoint, location)
-            # They may hold a secret: another origin does not get them.
+            url, target = follow(endpoint, location, check.endpoint.host)
+            if not target:
+                return (
+                    f"it passes with status {code} to {printable(hide_secrets(url), 100)}, another "
+                    "host, which is not probed: probe the path that this leads to, send the "
+                    f"header X-Forwarded-Proto, or accept it with 'status: {code}'"
+                )
+            endpoint = target
+            # Headers may hold a secret: another origin does not get them.
             headers = check.headers if endpoint.origin == check.endpoint.origin else {}
         raise ProbeFailure(f"more than {MAX_REDIRECTS} redirects")
-    except ProbeFailure as failure:
+    except ProbeFailure as error:
         if endpoint == check.endpoint:
             raise
-        raise ProbeFailure(f"{str(failure)[:100]} (redirected to {endpoint})") from None
+        raise ProbeFailure(f"{str(error)[:100]} (redirected to {endpoint})") from None
 
 
-def _redirected(endpoint, location):
+def follow(endpoint, location, own_host):
+    """Where a Location leads: (URL, Endpoint), or (URL, None) if that is not on this machine."""
     # http.client reads headers as Latin-1: what is not ASCII there is a byte, to be encoded.
     location = re.sub("[^!-~]", lambda char: f"%{ord(char[0]):02X}", location)
     with contextlib.suppress(ConfigError, ValueError):
-        url = urllib.parse.urljoin(str(endpoint), location)
-        if "//" in url:
-            return Endpoint.from_text(url)
-    raise ProbeFailure(f"redirected to {shown(location)}, which is no http or https URL")
+        url = urllib.parse.urljoin(endpoint.url, location)
+        host = urllib.parse.urlsplit(url).hostname
+        # Names are compared as written, and a Host header is not a name of this machine.
+        if host and host != own_host and not LOOPBACK.fullmatch(host):
+            return url, None
+        if host:
+            return url, Endpoint.from_text(url)
+    where = quoted(hide_secrets(location))
+    raise ProbeFailure(f"redirected to {where}, which is not an http or https URL")
 
 
 def exchange(method, endpoint: Endpoint, headers: dict, deadline: Deadline, tls):
     """Send one request, never through a proxy: (response, body). Raises as a probe does.
 
-    The body is read as far as LARGEST_BODY and half of the time left go: a service that writes it
-    in pieces is not to see a reset. Whatever comes of that changes nothing; in part, it is empty.
+    The service sees no reset, because the body is read: up to LARGEST_BODY bytes, for at most half
+    of the time left. Failures in it are ignored. The body that is returned is its first piece, or
+    empty if the body is incomplete.
     """
-    # Outside of the try: that it fails is not the service's fault.
+    # Outside of the try: a failure here is not the service's.
     context = tls.prepare() if endpoint.scheme == "https" else None
     sock = connect(endpoint.host, endpoint.port, deadline)
     try:
         if context:
             sock.settimeout(deadline.left("in the TLS handshake"))
-            # The name for the handshake and the certificate; none of these has a final dot.
+            # The name for the handshake and the certificate; neither has a final dot.
             name = urllib.parse.urlsplit("//" + headers.get("Host", "")).hostname or endpoint.host
             sock = context.wrap_socket(sock, server_hostname=name.rstrip(".").encode())
-        connection = http.client.HTTPConnection(endpoint.host, endpoint.port)
-        connection.default_port = DEFAULT_PORTS[endpoint.scheme]  # the one that Host leaves out
-        connection.sock = sock
         sock.settimeout(deadline.left("sending the request"))
-        headers = {"User-Agent": f"{PROGRAM}/{__version__}", "Connection": "close", **headers}
-        connection.request(method, endpoint.path, headers=headers)
+        with contextlib.suppress(OSError):  # an answer may have arrived nevertheless
+            send_request(sock, method, endpoint, headers)
         reader = DeadlineReader(sock, deadline)
         response = read_head(sock, io.BufferedReader(reader), method)
         body = b""
         with contextlib.suppress(Exception):
             reader.deadline = Deadline(deadline.left("reading the body") / 2)
-            body = response.read(LARGEST_BODY)
+            body = read_body(response)
             if context:
                 sock.settimeout(reader.deadline.left("closing"))
                 sock.unwrap()  # or the service sees a connection that ends within TLS
@@ -696,18 +766,26 @@ def exchange(method, endpoint: Endpoint, headers: dict, deadline: Deadline, tls)
     except (OSError, http.client.HTTPException, ValueError) as error:
         if hasattr(error, "verify_code"):
             tls.context = None
-        raise ProbeFailure(_reason(error)) from None
+        raise failure(error, reason_of(error)) from None
     finally:
         sock.close()
 
 
-# What OpenSSL calls a first answer that is no TLS, but plain HTTP for example.
+def send_request(sock, method, endpoint, headers):
+    connection = http.client.HTTPConnection(endpoint.host, endpoint.port)
+    connection.default_port = DEFAULT_PORTS[endpoint.scheme]  # the port that Host leaves out
+    connection.sock = sock
+    own = {"User-Agent": f"{PROGRAM}/{__version__}", "Accept": "*/*", "Connection": "close"}
+    connection.request(method, endpoint.path, headers={**own, **headers})
+
+
+# What OpenSSL calls a first answer that is not TLS, but plain HTTP for example.
 NO_TLS = ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
 
 
-def _reason(error):
+def reason_of(error):
     if getattr(error, "reason", "") in NO_TLS:
-        return "no TLS is spoken there: write http:// or another port"
+        return "the answer is not TLS: write http:// or another port"
     text = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or error
     return f"{type(error).__name__}: {text}"
 
@@ -718,8 +796,8 @@ KEPT = (b"location:", b"content-length:", b"transfer-encoding:")
 
 def read_head(sock, stream, method):
     """The final response that `stream` begins with, ready for its body to be read."""
-    # Only the fields that matter reach http.client: it takes a head that is cut short, and no more
-    # than 100 lines of 64 KiB.
+    # http.client accepts a truncated head, and rejects more than 100 fields or a line over 64 KiB.
+    # So the head is read here, and only the fields that matter are passed on.
     head, left = [], LARGEST_HEAD
     while True:
         line = stream.readline(left)
@@ -734,10 +812,20 @@ def read_head(sock, stream, method):
                 break
             head = []
     response = http.client.HTTPResponse(sock, method=method)
-    response.fp = io.BytesIO(b"".join([*head, b"\r\n"]))
+    response.fp = io.BytesIO(b"".join([*head, b"\r\n"]))  # begin() reads the head from this
     response.begin()
-    response.fp = stream
+    response.fp = stream  # and read() the body from this
     return response
+
+
+def read_body(response):
+    """Read up to LARGEST_BODY bytes in pieces, to hold little memory. Returns the first piece."""
+    first = piece = response.read(2**16)
+    left = LARGEST_BODY - len(piece)
+    while piece and left > 0:
+        piece = response.read(2**16)
+        left -= len(piece)
+    return first
 
 
 class DeadlineReader(io.RawIOBase):
@@ -1275,8 +1363,8 @@ HOW_TO_TAKE_BACK = (
 class CheckLoop(threading.Timer):
     """A Timer that goes off again and again: probes one check at a fixed rate, first when `due`.
 
-    It puts (loop, number of the probe, passed, reason) into the inbox, where passed is None if a
-    fault of this program spoiled the probe.
+    It puts (loop, number of the probe, passed, text) into the inbox. `passed` is None if a fault
+    of this program spoiled the probe; `text` is the reason of a failure, or a remark, or empty.
     """
 
     def __init__(self, check, inbox, due):
@@ -1295,21 +1383,20 @@ class CheckLoop(threading.Timer):
                 time.sleep(min(self.due - begin, 10.0))
                 continue
             number += 1
-            passed, reason = self.attempt(number)
+            passed, text = self.attempt(number)
             end = time.monotonic()
             self.due, self.probing = next_due(self.due, self.interval, end), None
-            self.inbox.append((self, number, passed, reason))
-            took = (end - begin) * 1000
-            log.debug(f"Probe of {self.check.name} {reason or 'passed'} in {took:.0f} ms")
+            self.inbox.append((self, number, passed, text))
+            result = "passed" if passed else text
+            log.debug(f"Probe of {self.check.name} {result} in {(end - begin) * 1000:.0f} ms")
 
     def attempt(self, number):
-        """Probe once: whether it passed, None if a fault of this program spoiled it; and why."""
+        """Probe once; returns (passed, text) as they go into the inbox."""
         try:
             if self.check.endpoint.scheme == "https":
                 self.tls.prepare()  # before its time begins: that is the service's
             self.probing = (number, time.monotonic())
-            self.function(self.check, self.tls)
-            return True, ""
+            return True, self.function(self.check, self.tls) or ""
         except ProbeFailure as failure:
             return (False if can_open_descriptors() else None), str(failure)
         except BaseException as fault:  # whatever it is, the loop goes on
@@ -1317,17 +1404,21 @@ class CheckLoop(threading.Timer):
 
 
 def can_open_descriptors():
-    """Whether four can be opened: resolver and TLS need some, and do not say that they lacked."""
-    null = os.devnull
-    with contextlib.suppress(OSError), open(null), open(null), open(null), open(null):
-        return True
-    return False
+    """Whether four can be opened: the resolver and TLS need some, and do not say if they lack."""
+    opened = []
+    with contextlib.suppress(OSError):
+        opened += os.pipe()
+        opened += os.pipe()
+    for descriptor in opened:
+        os.close(descriptor)
+    return len(opened) == 4
 
 
 # ---- Daemon and gate -----------------------------------------------------------------------------
 # The main thread: it owns the checks and takes the verdict, in step(now), where nothing sleeps and
 # nothing blocks. The gate (-foreground) is the same loop with another ending.
 
+SPREAD = 0.001  # seconds between the starts of two loops: together they would cost more CPU
 HANG_SLACK = 0.25  # seconds past its deadline that a probe has to report its own failure
 LONGEST_STEP = 60.0  # seconds of one step of the marker, after which it is thought to hang
 LONGEST_SILENCE = 300.0  # seconds that a check may go without evidence, beside those it waits
@@ -1342,6 +1433,7 @@ class Watch:
         self.period = max(check.frequency, check.timeout)
         self.health = Health()
         self.reason, self.failed_at = "", None  # of its last failure, and when that was counted
+        self.has_remark = False  # whether a remark of its probes was logged
         self.heard_at = due  # when there was evidence last
         self.is_faulty = False  # whether the last probe was spoiled by a fault of this program
         self.hung = None  # the number of the last probe that was counted as failed because it hung
@@ -1375,10 +1467,10 @@ class Watcher(Stepper):
     def watch(self, config, due):
         """Watch these checks: one that was watched before, and is equal, keeps its state."""
         before, self.watches, self.config = self.watches, {}, config
-        for check in config.checks:
+        for number, check in enumerate(config.checks):
             watch = before.get(check.name)
             if not watch or watch.check != check:
-                watch = Watch(check, self.inbox, due)
+                watch = Watch(check, self.inbox, due + number * SPREAD)
             self.watches[check.name] = watch
         for watch in before.values():
             if watch not in self.watches.values():
@@ -1408,14 +1500,17 @@ class Watcher(Stepper):
             self.inbox.extend(map(signal.Signals, set(self.signals.recv(4096))))
 
     def receive(self, result, now):
-        loop, number, passed, reason = result
+        loop, number, passed, text = result
         name, watch = loop.check.name, self.watches.get(loop.check.name)
         if not watch or watch.loop is not loop or watch.hung == number:
             return  # of a check that a reload replaced, or late: it has been counted as failed
         if passed is not None:
-            self.count(watch, now, passed, reason)
+            self.count(watch, now, passed, text)
         elif not watch.is_faulty:
-            log.error(f"Not counted, for it is this program's fault: probe of {name}: {reason}")
+            log.error(f"Not counted, for it is this program's fault: probe of {name}: {text}")
+        if passed and text and not watch.has_remark:
+            watch.has_remark = True
+            log.warning(f"Check {name}: {text}")
         watch.is_faulty = passed is None
 
     def count(self, watch, now, passed, reason):
@@ -1581,10 +1676,10 @@ class Gate(Watcher):
     def __init__(self, config, now, grace_end, exit_early):
         super().__init__(config, now, grace_end, now)
         self.exit_early = exit_early  # with 0, as soon as every check is healthy
-        # By then each check can have its threshold of results.
-        watches = self.watches.values()
-        lengths = [watch.check.threshold * watch.period + watch.check.timeout for watch in watches]
-        self.end = max(grace_end, now + max(lengths))
+        self.end = grace_end
+        for watch in self.watches.values():  # (heard_at: when its loop starts)
+            length = watch.check.threshold * watch.period + watch.check.timeout
+            self.end = max(self.end, watch.heard_at + length)  # it can have its results by then
 
     def step(self, now):
         wake = super().step(now)
@@ -1890,7 +1985,7 @@ def parse_command_line(arguments) -> dict:
             raise UsageError(f"{argument} is no option: write -command {argument}")
         if name not in OPTIONS:
             advice = nearest(argument, [f"-{option}" for option in OPTIONS])
-            raise UsageError(f"{shown(argument)} is no option (-h lists them): {advice}")
+            raise UsageError(f"{quoted(argument)} is no option (-h lists them): {advice}")
         if OPTIONS[name] is False:
             value = True if value is None else BOOLEANS.get(value.lower())
         elif value is None and rest:
