@@ -6,90 +6,98 @@
 """Probe the services on this EC2 instance; when one keeps failing, mark the instance unhealthy in
 its Auto Scaling group, so that the group replaces it.
 
-This program can end the machine that it runs on. Three sentences rank every decision in it:
+This program can end the machine that it runs on. Three rules rank every decision in it:
 
 1. It never marks a healthy instance.
 2. It always marks an unhealthy one, however sick the machine is, until the group acts.
-3. An operator reads the whole file in one sitting and knows that 1 and 2 hold.
+3. An operator reads the whole file in one sitting and can see that 1 and 2 hold.
 
-The file reads from top to bottom, and each room uses only the rooms above it. The threads:
+The file reads from top to bottom: each room uses only the rooms above it. The threads:
 
-    main        owns the checks, their health and the verdict (Daemon)
-    one a check probes at the check's rate, and hands main the results (CheckLoop)
-    marker      owns the mark: looks what is wanted, looks at metadata, calls, waits (Marker)
-    writer      does what may hang on a disk: the log, the file that remembers a mark (Writer)
+    main            owns the checks, their health and the verdict (Daemon)
+    one per check   probes at a fixed rate and passes the results to main (CheckLoop)
+    marker          owns the mark: reads metadata, calls AWS, rehearses (Marker)
+    writer          does what may hang on a disk: the log, the file that remembers a mark (Writer)
+
+Time is time.monotonic everywhere, and no wait depends on the wall clock. The wall clock is only
+for -launchtime, for the stamps in the log and for the time of the last call in status.json.
 """
 
 from __future__ import annotations
 
 import atexit
-import collections
-import contextlib
-import email.utils
 import errno
-import functools
 import gc
 import importlib.util
 import io
-import json
 import logging
 import math
 import os
-import random
 import re
 import signal
 import socket
 import sys
 import threading
 import time
-import typing
 import warnings
+from collections import deque
+from contextlib import suppress
+from functools import partial
+from logging import DEBUG, ERROR, INFO, WARNING
 from subprocess import DEVNULL, PIPE, STDOUT, Popen, run
+from time import monotonic
+from typing import NamedTuple
 
-sys.modules.setdefault("ssl", None)  # hidden from http.client: 4 MB that only https and boto3 need
+sys.modules.setdefault("ssl", None)  # hide it from http.client: 4 MB that only https and AWS need
 import http.client  # noqa: E402
-import urllib.parse  # noqa: E402
+import json  # noqa: E402  (before http.client, it would cost 0.2 MB more)
+from urllib.parse import urljoin, urlsplit  # noqa: E402
 
 if sys.modules["ssl"] is None:
     del sys.modules["ssl"]
 
-__version__ = "2.0.0"
+__version__ = "3.0.0"
 
 PROGRAM = "ec2-local-healthchecker"
-LOOK = 1.0  # seconds between two looks of a thread at what the others tell
+POLL_INTERVAL = 1.0  # seconds: each thread looks at what the others pass to it at least this often
 log = logging.getLogger(PROGRAM)
-say = functools.partial(print, flush=True)
+say = partial(print, flush=True)
+
+
+def refuse_truncated_file():
+    # main() leaves through os._exit in the last line, so only a truncated download gets here.
+    say(f"{PROGRAM}: the file is incomplete: fetch it again", file=sys.stderr)
+    os._exit(1)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no KeyboardInterrupt, anywhere
-    # Whole, this file ends the process in its last line; cut short, it comes to these, last first.
-    atexit.register(os._exit, 1)
-    atexit.register(say, f"{PROGRAM}: the file is incomplete: fetch it again", file=sys.stderr)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that no KeyboardInterrupt is ever raised
+    atexit.register(refuse_truncated_file)
 
 
 # ---- Deciding ------------------------------------------------------------------------------------
-# Whether to mark, as functions of plain values. No clock, network, thread or global may come in
-# here: whoever wants to know when this program ends a machine need read only this room.
+# When this program calls SetInstanceHealth, with which status, and what holds a call back: all of
+# that is here, as functions of plain values. No clock, network, thread or global belongs here.
 
-UNKNOWN, HEALTHY, FAILING = "unknown", "healthy", "failing"  # how a check stands
-UNDECIDED, UNHEALTHY = "undecided", "unhealthy"  # and, with "healthy", the verdict
+UNKNOWN, HEALTHY, FAILING = "unknown", "healthy", "failing"  # the states of a check
+UNDECIDED, UNHEALTHY = "undecided", "unhealthy"  # the verdicts, beside "healthy"
 MARK_UNHEALTHY, MARK_HEALTHY = "Unhealthy", "Healthy"  # the values of HealthStatus in the API
+IN_SERVICE = ("InService", None)  # target lifecycle states that permit a mark; None: see `decide`
 
 
-class Health(typing.NamedTuple):
-    """How one check stands, and the run of equal results that it is in."""
+class Health(NamedTuple):
+    """How one check stands, and its current run of equal results."""
 
     state: str = UNKNOWN
-    passed: bool = True  # what every result of the run was
+    passed: bool = True  # whether the run is of passes
     streak: int = 0  # how many results the run has
 
-    def after(self, passed: bool, threshold: int) -> Health:
+    def after(self, passed, threshold):
         """The health after one more result: `threshold` equal ones in a row change the state."""
-        streak = self.streak + 1 if passed == self.passed else 1
-        if streak < threshold:
-            return Health(self.state, passed, streak)
-        return Health(HEALTHY if passed else FAILING, passed, streak)
+        streak, state = self.streak + 1 if passed == self.passed else 1, self.state
+        if streak >= threshold:
+            state = HEALTHY if passed else FAILING
+        return Health(state, passed, streak)
 
 
 def verdict_of(states) -> str:
@@ -100,62 +108,99 @@ def verdict_of(states) -> str:
     return HEALTHY if states == {HEALTHY} else UNDECIDED
 
 
-def wanted_mark(verdict: str, marked: bool, recovery: bool) -> str | None:
-    """The HealthStatus to ask the group for, or None. `marked`: a mark of our own may stand."""
+def decide(
+    verdict: str,  # the last one; undecided while the checks say otherwise, in a reload, in a stop
+    recovery: bool,  # whether the configuration lets us take back a mark of our own
+    may_stand: bool,  # whether a mark of our own may be in effect: sent, and not taken back
+    problem: str,  # why no call can name this instance: its id is not known, or contradicted
+    lifecycle: str | None,  # the target state, last reading that succeeded; None: there is none
+    grace_end: float,  # when the grace period after a return to service ends; 0: there is none
+    now: float,
+) -> tuple[str | None, str]:
+    """The call that is wanted, if any, and what holds it back ("": nothing, make it now).
+
+    It stays wanted after it was made: `call_backoff` says when it comes again.
+    """
     if verdict == UNHEALTHY:
-        return MARK_UNHEALTHY
-    return MARK_HEALTHY if verdict == HEALTHY and marked and recovery else None
+        call = MARK_UNHEALTHY
+    elif verdict == HEALTHY and may_stand and recovery:
+        call = MARK_HEALTHY
+    else:
+        return None, ""
+    if problem:
+        return call, problem  # nothing else holds a Healthy call: it never ends an instance
+    if call == MARK_UNHEALTHY and lifecycle not in IN_SERVICE:
+        return call, f"its target lifecycle state is {lifecycle}"
+    if call == MARK_UNHEALTHY and now < grace_end:
+        return call, "in service again, in a new grace period"
+    return call, ""
 
 
-def lifecycle_permits(state: str | None) -> bool:
-    """Whether to mark unhealthy in this target lifecycle state; None: the instance has none."""
-    return state in (None, "InService")
+class Hold(NamedTuple):
+    """Whether the instance left service while unhealthy, and its grace period after the return."""
+
+    is_out_of_service: bool = False
+    grace_end: float = 0.0
+
+    def after(self, verdict, lifecycle, grace_end):
+        """The memory after one more reading; `grace_end` is one whole grace period from now."""
+        if verdict == HEALTHY:
+            return Hold()  # forget it, and a grace period with it
+        if lifecycle not in IN_SERVICE:  # a hold begins only while unhealthy; undecided keeps it
+            return Hold(True) if verdict == UNHEALTHY else self
+        return Hold(False, grace_end) if self.is_out_of_service else self
 
 
-def call_backoff(calls: int, frequency: float, failed: bool, dice: float) -> float:
-    """Seconds until the next call, after so many, the last one failed or not; `dice` is 0 to 1."""
-    # One frequency (after an error at most 10 s), doubling to 5 minutes or one frequency, ±20 %.
+def call_backoff(calls, frequency, failed, dice) -> float:
+    """Seconds until the next call, after `calls` calls, the last of which failed or not."""
+    # The first is one frequency, or after a failure at most 10 s. Each further call doubles it, up
+    # to the longer of 5 minutes and one frequency. `dice`, 0 to 1, varies that by up to 20 %.
     first = min(frequency, 10.0) if failed else frequency
     doubled = first * 2.0 ** min(calls - 1, 40)
     return min(doubled, max(frequency, 300.0)) * (0.8 + 0.4 * dice)
 
 
-def grace_left(graceperiod: float, age: float) -> float:
-    """Seconds of grace from now on, for a server launched `age` seconds ago."""
+def grace_left(graceperiod, age) -> float:
+    """Seconds left of the first grace period, for an instance launched `age` seconds ago."""
     left = graceperiod - age
-    # Over already (a restart) or in the future (a wrong clock): the whole period, from now.
+    # Already over (this is a restart), or in the future (a wrong clock): a whole period from now.
     return left if 0 < left <= graceperiod else graceperiod
 
 
-def next_due(due: float, period: float, now: float) -> float:
-    """The next time after `due` at a fixed rate: of those missed by `now`, only the last counts."""
+def next_due(due, period, now) -> float:
+    """The next time after `due` at a fixed rate; if several have passed, the latest of them."""
     return due + period * max(1, math.floor((now - due) / period))
 
 
 # ---- Durations and YAML --------------------------------------------------------------------------
-# Text in, plain values out, or ConfigError. What the keys of a configuration mean is the next
-# room's. Every pattern is linear in the length of a line: main reads this while it must decide.
+# Text in, plain values out, or ConfigError. What the keys of a configuration mean is for the next
+# room. Every pattern takes time linear in the length of a line: main must not wait for a file.
 
 
 class ConfigError(Exception):
-    """A mistake in a configuration: what is wrong, and what to write instead."""
+    """A mistake in a configuration or a variable: what is wrong, and what to write instead."""
 
     status = 2  # the exit status
 
 
+def hide_secrets(url):
+    """`url` as it is shown: *** stands for a user and password, and for the query."""
+    return re.sub("(?s)(?<=//)[^/?#]*(?=@)|(?<=[?#]).+", "***", url)
+
+
 def quoted(text):
-    """`text` quoted for a message: on one line, and not too much of it."""
-    return ascii(text[:60])
+    """The start of `text` in quotes, on one line, without what may be a secret."""
+    return ascii(hide_secrets(text[:60]))
 
 
 def printable(text, most=200):
-    """`text` on one line of at most so many characters: what a server sent shapes no log."""
+    """At most `most` characters of `text` on one line, so that no server can forge a log line."""
     return re.sub("[^ -~]", lambda char: ascii(char[0])[1:-1], text[:most])[:most]
 
 
-def named(fault):
-    """A fault of this program, printable: its type, and what it says."""
-    return printable(f"{type(fault).__name__}: {fault}")
+def describe(error):
+    """The type and the message of an exception, printable."""
+    return printable(f"{type(error).__name__}: {error}")
 
 
 UNITS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -163,52 +208,50 @@ UNITS["\u00b5s"] = UNITS["\u03bcs"] = 1e-6  # with the micro sign, and with the 
 DURATION_PART = r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ns|us|\u00b5s|\u03bcs|ms|s|m|h)"
 
 
-def parse_duration(text: str) -> float:
-    """Seconds in a duration as Go's time.ParseDuration has it, up to 24h; ConfigError if none."""
+def parse_duration(text: str, least=-math.inf) -> float:
+    """Seconds, as Go's time.ParseDuration reads them; ConfigError, or ValueError below `least`."""
     if not re.fullmatch(f"[+-]?(?:0|(?:{DURATION_PART})+)", text):
         is_number = re.fullmatch("[0-9]{1,9}", text)
         advice = f"{text}s" if is_number else "numbers with units, like 10s or 1h30m"
-        raise ConfigError(f"{quoted(text)} is no duration: write {advice}")
+        raise ConfigError(f"{quoted(text)} is not a duration: write {advice}")
     parts = re.findall(DURATION_PART, text)
     seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
     if seconds > 86400:
         raise ConfigError(f"{quoted(text)} is too long: write at most 24h")
-    return -seconds if text[0] == "-" else seconds
+    seconds = -seconds if text[0] == "-" else seconds
+    if seconds < least:
+        raise ValueError
+    return seconds
 
 
-# The law of the parser: for any text, what PyYAML's BaseLoader returns, or ConfigError.
-FORBIDDEN = re.compile(
-    "[^\t -~\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffc\U00010000-\U0010ffff]"
-)
-SILENT = re.compile(r" *(?:#.*)?$")
+# The law of the parser: for any text, it returns what PyYAML's BaseLoader returns, or it raises.
+FORBIDDEN = re.compile("[\0-\b\n-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffd-\uffff]")
+BLANK = re.compile(r" *(?:#.*)?$")
 MARK = re.compile(r"(---|\.\.\.)(?: +(?:#.*)?)?$")
 SCALAR = r"""(
       "(?: [^"\\\t] | \\(?: [0abtnvfre "/\\N_LP] | x{H}{2} | u(?!{S}){H}{4}   # double-quoted
                          | U(?: 0000(?!{S}) | 000[1-9A-Fa-f] | 0010 ){H}{4} ) )* "[ ]*
     | '[^'\t]*(?:''[^'\t]*)*'[ ]*                 # single-quoted
-    | (?! []\[{},&*!|>%@`"'#\t ] | [-?:](?:[ ]|$) | <<[ ]*(?::|$) )   # plain: not beginning so,
-      (?:(?! :(?:[ ]|$) | [ ][#] | \t ) .)+                            # and not containing this
-)""".replace("{H}", "[0-9A-Fa-f]").replace("{S}", "[Dd][89A-Fa-f]")  # no surrogate is a character
+    | (?! []\[{},&*!|>%@`"'#\t ] | [-?:](?:[ ]|$) | <<[ ]*(?::|$) )   # plain: it does not begin so,
+      (?:(?! :(?:[ ]|$) | [ ][#] | \t ) .)+                            # and does not contain this
+)""".replace("{H}", "[0-9A-Fa-f]").replace("{S}", "[Dd][89A-Fa-f]")  # no surrogates
 ENTRY = re.compile(  # indentation, key, colon, value, comment
-    rf"(?!---|[.]{{3}})[ ]*{SCALAR}:(?:[ ]|$)[ ]*(?![ ]){SCALAR}?[ ]?(?:(?<=[ ])[#].*)?$",
-    re.VERBOSE,
+    rf"(?x)(?!---|[.]{{3}})[ ]*{SCALAR}:(?:[ ]|$)[ ]*(?![ ]){SCALAR}?[ ]?(?:(?<=[ ])[#].*)?$"
 )
-ONE_LINE = "write it on one line (tools that fold lines have a width to set)"
-ALIGN = f"align it; if it is a value, {ONE_LINE}"
-REFUSED = {  # what no key or value begins with: its name, and what to write
+ONE_LINE = "write it on one line (tools that fold lines have a setting for the width)"
+REFUSED = {  # what no key or value begins with: its name, and what to write instead
     "[": "a flow sequence: write the values without brackets, like 200,204; quote an address",
     "{": "a flow mapping: write each key on a line of its own, indented",
     "&": "an anchor: write the value itself",
     "*": "an alias: write the value itself, or put the text in quotes",
     "!": "a tag: leave it out, or put the text in quotes",
-    "|": "a block scalar: write the text on the line of its key",
-    ">": "a block scalar: write the text on the line of its key",
+    **dict.fromkeys("|>", "a block scalar: write the text on the line of its key"),
     "%": "a directive: leave it out, or put the text in quotes",
     "-": "a sequence: write keys and values, or several values like 200,204",
     "?": "a complex key: write 'key: value' on one line",
     "<": "a merge key: write the keys themselves",
-    '"': f"a quoted text with an escape that is none, or not ended by its line: {ONE_LINE}",
-    "'": f"a quoted text not ended by its line: {ONE_LINE}",
+    '"': f"quotes that do not end on this line, or an unknown escape in them: {ONE_LINE}",
+    "'": f"quotes that do not end on this line: {ONE_LINE}",
     **dict.fromkeys(("---", "..."), "text after a document mark: write it on the next line"),
     **dict.fromkeys("]},@`:", "a reserved character: put the text in quotes"),
 }
@@ -219,48 +262,49 @@ ESCAPED = str.maketrans('0abtnvfre "/\\N_LP', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0
 def parse_yaml(text: str) -> tuple[dict, dict]:
     """The nested mappings of strings in `text`, and the line of each path of keys.
 
-    The subset of YAML 1.1 that has block mappings, and scalars that end on their line; ConfigError
-    with the line for anything else, whatever it is, in time linear to its length.
+    It accepts block mappings with scalars that end on their line, a subset of YAML 1.1, in linear
+    time. ConfigError with the line for everything else.
     """
-    lines, levels = {}, []  # the mappings that are open, outermost first: (indent, mapping, path)
-    waiting = None  # the path of the last key if it has no value: deeper lines may be it
+    lines, root = {}, {}
+    levels = [(-1, root, ())]  # the open mappings, outermost first: (indentation, mapping, path)
+    waiting = (root, "", ())  # the last key if it has no value: deeper lines may be its value
     for number, line in _content(text):
         indent = len(line) - len(line.lstrip(" "))
-        while levels and indent < levels[-1][0]:
+        while indent < levels[-1][0]:
             levels.pop()
             waiting = None
         if waiting and indent > levels[-1][0]:
-            levels.append((indent, {}, waiting))
-            levels[-2][1][waiting[-1]] = levels[-1][1]
-        elif not lines:
-            levels.append((indent, {}, ()))
-        elif not levels or indent > levels[-1][0]:
-            raise ConfigError(f"{number}: the indentation fits no key above: {ALIGN}")
+            mapping, key, path = waiting
+            mapping[key] = {}
+            levels.append((indent, mapping[key], path))
+        elif indent > levels[-1][0]:
+            advice = f"align it with a key; if it is a value, {ONE_LINE}"
+            raise ConfigError(f"{number}: the indentation fits no key above: {advice}")
         entry = ENTRY.match(line)
-        if not entry or len(entry[1]) > 1024:  # in which a key ends (YAML 1.1, 7.3.1)
+        if not entry or len(entry[1]) > 1024:  # the longest key (YAML 1.1, 7.3.1)
             raise ConfigError(f"{number}: {_refusal(line)}")
         _, mapping, path = levels[-1]
         key = _unquoted(entry[1])
         path += (key,)
         if path in lines:
-            raise ConfigError(f"{number}: {quoted(key)} is on line {lines[path]} already: keep one")
+            raise ConfigError(f"{number}: {quoted(key)} is already on line {lines[path]}: keep one")
         mapping[key] = _unquoted(entry[2]) if entry[2] else ""
-        waiting = None if entry[2] else path
+        waiting = None if entry[2] else (mapping, key, path)
         lines[path] = number
-    if not levels:
+    if not lines:
         raise ConfigError("1: empty: write at least 'checks:', with one check below it")
-    return levels[0][1], lines
+    return root[""], lines
 
 
 def _content(text):
-    """Yields (number, line) of each line that says something."""
+    """Yields (number, line) for each line with a key."""
     started = ended = False
     for number, line in enumerate(re.split("\r\n|\r|\n", re.sub("^\ufeff", "", text)), 1):
         forbidden, mark = FORBIDDEN.search(line), MARK.match(line)
         if forbidden:
             code = f"U+{ord(forbidden[0]):04X}"
             raise ConfigError(f"{number}: a character {code}: remove it, or save the file as UTF-8")
-        if SILENT.match(line):
+        if BLANK.match(line):
             continue
         if ended or (started and mark and mark[1] == "---"):
             raise ConfigError(f"{number}: a second document: keep one")
@@ -278,8 +322,8 @@ def _refusal(line):
         if first in REFUSED:
             return REFUSED[first]
     if value:
-        return "': ' in a value: put the text in quotes"
-    return "no key and value: write 'key: value', with a space after the colon"
+        return "': ' in a value: put the text in quotes, or a key on a line of its own, indented"
+    return "not a key with a value: write 'key: value', with a space after the colon"
 
 
 def _unquoted(scalar):
@@ -290,34 +334,29 @@ def _unquoted(scalar):
 
 
 def _unescaped(escape):
-    code = escape[1] or escape[2] or escape[3]
-    return chr(int(code, 16)) if code else escape[4].translate(ESCAPED)
+    code = escape[escape.lastindex]
+    return code.translate(ESCAPED) if escape[4] else chr(int(code, 16))
 
 
 # ---- Configuration -------------------------------------------------------------------------------
 # Every key with its reader and its default, and all validation: a configuration that loads will
-# run. Nothing is resolved or connected to here, and no file is opened but the configuration.
+# run. Nothing is resolved or connected to here, and no other file is opened.
 
 DEFAULT_FILE = "/etc/sysconfig/ec2-local-healthchecker.yml"
-DEFAULT_PORTS = {"http": 80, "https": 443, "tcp": 0}  # 0: none
+DEFAULT_PORTS = {"http": 80, "https": 443, "tcp": 0}  # 0: there is none
 AUTHORITY = re.compile(
-    r"""(?: \[ ([0-9a-f:.]+) \]                         # an IPv6 address
+    r"""(?xai)  # verbose, ASCII, in any case
+        (?: \[ ([0-9a-f:.]+) \]                         # an IPv6 address
         |   ((?: [\w-]{1,63} \. )* [\w-]{1,63} \.? )?   # a name, or an IPv4 address
         )
         (?: : (\w[\w-]*)? )?                            # a port, or the name of a service
-    """,
-    re.VERBOSE | re.ASCII | re.IGNORECASE,
+    """
 )
 LOOPBACK = re.compile(r"localhost|127\.[0-9.]+|::1")  # hosts that are always this machine
 ENDPOINTS = "a URL, like http://localhost:80/, or host:port, like localhost:11211"
 
 
-def hide_secrets(url):
-    """`url` for people to read, without what may be a secret: its user, password and query."""
-    return re.sub("[?#].*", "?***", re.sub("//[^/?#]*@", "//***@", url), flags=re.DOTALL)
-
-
-class Endpoint(typing.NamedTuple):
+class Endpoint(NamedTuple):
     """Where to connect to, and for http and https what to request there."""
 
     scheme: str  # tcp, http or https
@@ -330,20 +369,20 @@ class Endpoint(typing.NamedTuple):
         """The endpoint in an http or https URL, or in host:port; ConfigError if it is neither."""
         is_tcp = "//" not in text
         try:
-            parts = urllib.parse.urlsplit("tcp://" + text if is_tcp else text)
+            parts = urlsplit("tcp://" + text if is_tcp else text)
             ipv6, name, port = AUTHORITY.fullmatch(parts.netloc).groups()
             host = (ipv6 or name or ("localhost" if is_tcp else "")).lower()
             if ipv6:
                 socket.inet_pton(socket.AF_INET6, host)
             elif re.fullmatch("[0-9.]+", host):
-                socket.inet_aton(host)  # also short forms like 127.1
+                socket.inet_aton(host)  # it knows short forms like 127.1
             port = port or str(DEFAULT_PORTS[parts.scheme])
             port = int(port) if port.isdigit() else socket.getservbyname(port, "tcp")
             is_whole = parts.netloc == text if is_tcp else parts.scheme in ("http", "https")
             if not (is_whole and host and 0 < port < 65536 and re.fullmatch("[!-~]+", text)):
                 raise ValueError
         except (AttributeError, KeyError, OSError, ValueError):
-            problem = f"{quoted(hide_secrets(text))} is not an endpoint: write {ENDPOINTS}"
+            problem = f"{quoted(text)} is not an endpoint: write {ENDPOINTS}"
             if "@" in text:
                 problem = "a user or password in a URL: write an Authorization header"
             raise ConfigError(problem) from None
@@ -354,47 +393,25 @@ class Endpoint(typing.NamedTuple):
         return hide_secrets(self.url).replace("tcp://", "")
 
     @property
-    def url(self) -> str:
-        """The whole URL; it may hold a secret."""
-        return self.origin + self.path
-
-    @property
-    def origin(self) -> str:
-        """Scheme, host and port (RFC 6454)."""
+    def url(self):
+        """The whole URL, which may hold a secret."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}"
-
-
-def positive_duration(text):
-    """Seconds; ValueError if there are none."""
-    seconds = parse_duration(text)
-    if seconds <= 0:
-        raise ValueError
-    return seconds
-
-
-def grace_period(text):
-    return 0.0 if text == "0" else positive_duration(text)
+        return f"{self.scheme}://{host}:{self.port}{self.path}"
 
 
 def status_codes(text):
     """A list of codes and ranges, without blanks; ValueError if it is not one."""
     text = text.replace(" ", "")
     for part in text.split(","):
-        # 101 is the only 1xx code that can be final: a check of another would always fail.
+        # 101 is the only 1xx code that can be final: a check for another would always fail.
         if not re.fullmatch("101|[2-5][0-9]{2}(-[2-5][0-9]{2})?", part) or part[:3] > part[-3:]:
             raise ValueError
     return text
 
 
-def positive_integer(text):
-    return int(re.fullmatch("[1-9][0-9]{0,5}", text)[0])
-
-
-def empty_mapping(data):
-    """An empty mapping, which the keys of `data` are read into later."""
-    if not data.items():
-        raise ValueError
+def nested(data):
+    """An empty mapping, for keys that are read later; AttributeError if `data` is a scalar."""
+    data.keys()
     return {}
 
 
@@ -402,30 +419,29 @@ TYPES = {"tcp": "tcp", "http": "http", "https": "http"}
 BOOLEANS = dict.fromkeys("true yes on t 1".split(), True)
 BOOLEANS.update(dict.fromkeys("false no off f 0".split(), False))
 
-# For each key: the function that reads its value (or raises), and what to write instead.
-DURATION = (positive_duration, "write a duration of more than 0, like 10s")
+# For each key, the function that reads its value (or raises), and what to write instead.
+DURATION = (partial(parse_duration, least=1e-9), "write a duration of more than 0, like 10s")
 BOOLEAN = (lambda text: BOOLEANS[text.lower()], "write true or false")
 TOP_KEYS = {
-    "graceperiod": (grace_period, DURATION[1]),
+    "graceperiod": (partial(parse_duration, least=0.0), "write 0 or a duration, like 5m"),
     "frequency": DURATION,
     "recovery": BOOLEAN,
-    "checks": (empty_mapping, "write at least one check below it, indented"),
+    "checks": (nested, "write at least one check below it, indented"),
 }
 CHECK_KEYS = {
     "type": (lambda text: TYPES[text.lower()], "write tcp or http"),
     "endpoint": (Endpoint.from_text, f"write {ENDPOINTS}"),
     "timeout": DURATION,
-    "threshold": (positive_integer, "write 1 to 999999"),
+    "threshold": (lambda text: int(re.fullmatch("[1-9][0-9]{0,5}", text)[0]), "write 1 to 999999"),
     "frequency": DURATION,
     "status": (status_codes, "write codes of 200 to 599, like 200,204 or 200-299"),
-    "headers": (empty_mapping, "write names and values below it, indented"),
+    "headers": (nested, "write names and values below it, indented"),
     "tls_verify": BOOLEAN,
 }
-HTTP_KEYS = ("status", "headers", "tls_verify")  # a tcp check has none of these
 
 
-class Check(typing.NamedTuple):
-    """One check; times in seconds. After a reload, an equal check is the same check."""
+class Check(NamedTuple):
+    """One check; times in seconds. One that is equal after a reload keeps its health."""
 
     name: str
     type: str = "http"  # or tcp
@@ -438,7 +454,7 @@ class Check(typing.NamedTuple):
     tls_verify: bool = True
 
 
-class Config(typing.NamedTuple):
+class Config(NamedTuple):
     """A valid configuration; times in seconds."""
 
     graceperiod: float = 300.0
@@ -450,7 +466,7 @@ class Config(typing.NamedTuple):
     @classmethod
     def from_text(cls, text: str, source: str) -> Config:
         """The configuration in `text`; ConfigError with one line, SOURCE:LINE: what to change."""
-        values, warnings, place = {}, [], ""
+        values, checks, warnings, place = {}, [], [], ""
         try:
             data, lines = parse_yaml(text)
             for path, line in lines.items():  # in the order of the file: outer keys come first
@@ -461,19 +477,21 @@ class Config(typing.NamedTuple):
             config, place = cls(**values), "1: "
             if not config.checks:
                 raise ConfigError("no checks: write 'checks:', with at least one below it")
+            for name, keys in config.checks.items():
+                place = f"{lines['checks', name]}: {printable(name, 60)}: "
+                if "endpoint" not in keys:
+                    raise ConfigError("a check has an endpoint: write one below it, indented")
+                checks.append(Check(name, **{"frequency": config.frequency, **keys}))
         except ConfigError as error:
             raise ConfigError(f"{source}:{place}{error}") from None
-        checks = []
-        for name, keys in config.checks.items():
-            checks.append(Check(name, **{"frequency": config.frequency, **keys}))
-            host = checks[-1].endpoint.host
-            if not LOOPBACK.fullmatch(host) and host not in ("0.0.0.0", socket.gethostname()):
-                place = f"{source}:{lines['checks', name, 'endpoint']}: {name}: "
+        for check in checks:
+            if not LOOPBACK.fullmatch(check.endpoint.host):
+                line = lines["checks", check.name, "endpoint"]
                 advice = 'is another machine, see "Across a group" in the README'
-                warnings.append(f"{place}if {host} {advice}")
+                warnings.append(f"{source}:{line}: {check.name}: if {check.endpoint.host} {advice}")
         return config._replace(checks=tuple(checks), warnings=tuple(warnings))
 
-    def as_dict(self) -> dict:
+    def as_dict(self):
         """The effective configuration; what may be a secret is masked."""
         checks = {}
         for check in self.checks:
@@ -485,19 +503,18 @@ class Config(typing.NamedTuple):
 
 def read_key(path, data, values):
     """Read the key at `path` of `data` into its place in `values`; ConfigError if it is wrong."""
-    name, value = path[-1], data
-    for key in path:
-        value = value[key]
-    if len(path) == 2:
-        values["checks"][name] = {}
-        require_check(name, value, data["checks"])
-    elif len(path) == 4:
-        read_header(values["checks"][path[1]]["headers"], name.title(), value)
-    elif len(path) == 3:
-        read_value(name, value, CHECK_KEYS, values["checks"][path[1]])
-        require_fit(name, values["checks"][path[1]], data["checks"][path[1]])
+    *outer, name = path
+    for key in outer:
+        data, values = data[key], values[key]
+    if len(outer) == 1:
+        require_check(name, data)
+        values[name] = {}
+    elif len(outer) == 3:
+        read_header(values, name.title(), data[name])
     else:
-        read_value(name, value, TOP_KEYS, values)
+        read_value(name, data[name], CHECK_KEYS if outer else TOP_KEYS, values)
+        if outer:
+            require_fit(name, values, TYPES.get(str(data.get("type")).lower()) == "tcp")
 
 
 def read_value(name, value, keys, values):
@@ -515,23 +532,21 @@ def read_value(name, value, keys, values):
         raise ConfigError(f"{what} is not valid: {advice}") from None
 
 
-def require_check(name, keys, checks):
-    """ConfigError unless `keys`, all that the check has, can be those of a check."""
+def require_check(name, checks):
+    """ConfigError unless what is below this name can be a check."""
+    keys = checks[name]
     strays = [key for key in checks if key in CHECK_KEYS and isinstance(checks[key], str)]
     if name in strays:
-        raise ConfigError("this is a key of a check: indent it below the name of its check")
+        raise ConfigError("a key of a check: indent it below the name of its check")
     if keys == "" and strays:
-        return  # they belong to this check: the mistake is on their own lines
+        return  # they are meant for this check: the mistake is on their own lines
     if not isinstance(keys, dict) or not name.isprintable() or not name.strip():
         raise ConfigError("a check has keys, indented below its name: write at least endpoint")
-    if "endpoint" not in keys:
-        raise ConfigError("a check has an endpoint: write one below it, indented")
 
 
-def require_fit(name, values, keys):
-    """ConfigError if the key that was read last does not fit the type of its check."""
-    is_tcp = TYPES.get(str(keys.get("type")).lower()) == "tcp"
-    if is_tcp and name in HTTP_KEYS:
+def require_fit(name, values, is_tcp):
+    """ConfigError unless the key that was read last fits the type of its check."""
+    if is_tcp and name in ("status", "headers", "tls_verify"):
         raise ConfigError(f"{name} is for http checks, and this one is tcp: remove it")
     if name == "endpoint" and is_tcp != (values[name].scheme == "tcp"):
         advice = "a URL: write 'type: http'" if is_tcp else "host:port: write 'type: tcp'"
@@ -568,67 +583,69 @@ def load_config(path: str) -> Config:
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
             text = file.read().decode("utf-8", "replace")
     except OSError as error:
-        advice = "write it, or name another with -healthcheckfile"
-        if path.startswith("/run/credentials/"):
-            advice = "restart the service: a reload does not get its credentials"
-        elif isinstance(error, PermissionError):
+        advice = "write it (not to /tmp: the service has its own), or name another"
+        if isinstance(error, PermissionError):
             advice = "make file and folders readable for all: the service is not root"
-            if os.path.realpath(path).startswith(("/home/", "/root/")):
-                advice = "move it to /etc: the service cannot see /home and /root"
+        if path.startswith("/run/credentials/"):
+            advice = "set LoadCredential= and restart: a reload does not read credentials"
+        elif re.match("/(home|root)/", os.path.realpath(path)):
+            advice = "move it to /etc: the service cannot see /home and /root"
         raise ConfigError(f"{source}: cannot be read ({error.strerror}): {advice}") from None
     return Config.from_text(text, source)
 
 
 # ---- Probes --------------------------------------------------------------------------------------
 # One attempt each: return, or raise ProbeFailure for what the service did, and anything else for
-# what went wrong on this side. One deadline bounds all of it. Nothing is counted here.
+# what went wrong on this side. A hostile service can pass or fail its own check. It costs at most
+# `timeout` and 2 MiB per response, and cannot forge a log line or send a probe to another host.
 
-MAX_REDIRECTS = 10
-REDIRECTS = (301, 302, 303, 307, 308)
-LARGEST_HEAD, LARGEST_BODY = 2**20, 2**20  # bytes of a response that are read
-# This machine lacks descriptors, buffers or memory: that is no evidence against a service.
+MAX_REDIRECTS, REDIRECTS = 10, (301, 302, 303, 307, 308)
+LARGEST_HEAD, LARGEST_BODY, PIECE = 2**20, 2**20, 2**13  # bytes of a response that are read
+# This machine lacks descriptors, buffers or memory: that is no evidence against the service.
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, socket.EAI_MEMORY)
 
 
 class ProbeFailure(Exception):
     """The service failed the probe: a printable line of at most 200 characters says how."""
 
-    def __init__(self, reason: str):
-        super().__init__(printable(reason))
+    def __init__(self, reason):
+        super().__init__(printable(re.sub(r"\?[^\s)]+", "?***", reason)))  # a query that is echoed
 
 
-def failure(error, reason):
-    """What to raise for an OSError: a ProbeFailure, or the error itself if it is a shortage."""
-    return error if getattr(error, "errno", None) in SHORTAGES else ProbeFailure(reason)
+def can_open_descriptors():
+    """Whether four can be opened: the resolver and TLS need some, and do not report a lack."""
+    opened = []
+    with suppress(OSError):
+        opened += os.pipe()
+        opened += os.pipe()
+    for descriptor in opened:
+        os.close(descriptor)
+    return len(opened) == 4
 
 
 class Deadline:
     """The time by which one attempt must end, `timeout` seconds after its start."""
 
-    def __init__(self, timeout: float):
-        self.timeout, self.end = timeout, time.monotonic() + timeout
+    def __init__(self, timeout):
+        self.timeout, self.end = timeout, monotonic() + timeout
 
-    def left(self, doing: str) -> float:
+    def left(self, doing):
         """The seconds left for `doing`; ProbeFailure when there are none."""
-        self.doing, left = doing, self.end - time.monotonic()
+        self.missed, left = f"timed out after {self.timeout:g}s {doing}", self.end - monotonic()
         if left <= 0:
-            raise self.missed()
+            raise ProbeFailure(self.missed)
         return left
 
-    def missed(self):
-        return ProbeFailure(f"timed out after {self.timeout:g}s {self.doing}")
 
-
-def connect(host: str, port: int, deadline: Deadline):
+def connect(host, port, deadline):
     """A TCP connection to the first address that accepts one, or ProbeFailure."""
-    # They are tried in turn, each with an even share of the time left, as Go's dialer does.
     try:
         # As bytes: a str would go through the IDNA codec, which takes a megabyte to load.
         addresses = socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM)
     except OSError as error:
-        raise failure(error, f"cannot resolve {host}: {error.strerror}") from None
+        raise ProbeFailure(f"cannot resolve {host}: {error.strerror}") from error
     reasons = []
-    while addresses:
+    while addresses:  # each gets an even share of the time left, as with Go's dialer
         share = deadline.left(f"connecting to {host} port {port}") / len(addresses)
         family, kind, protocol, _, address = addresses.pop(0)
         sock = None
@@ -638,14 +655,12 @@ def connect(host: str, port: int, deadline: Deadline):
             sock.connect(address)
             return sock
         except (ConnectionResetError, BrokenPipeError):
-            return sock  # reset by now, but it was connected
+            return sock  # it was connected, and then reset
         except OSError as error:
             if sock:
                 sock.close()
-            elif error.errno != errno.EAFNOSUPPORT:  # which a kernel without IPv6 answers
-                raise
-            if error.errno in SHORTAGES:
-                raise
+            if error.errno in SHORTAGES or not (sock or error.errno == errno.EAFNOSUPPORT):
+                raise  # this machine's fault; but a kernel without IPv6 just skips the address
             reason = error.strerror or f"no answer in {share:.3g}s"
             reasons.append(f"{address[0]} port {port}: {reason}")
     raise ProbeFailure("; ".join(reasons))
@@ -655,8 +670,7 @@ class Tls:
     """The TLS context of one check: made when needed, and again after a certificate was refused."""
 
     def __init__(self, verify=True):
-        self.verify = verify
-        self.context = None
+        self.verify, self.context = verify, None
 
     def prepare(self):
         """Python's default context, made to accept the same certificates on every Python."""
@@ -676,17 +690,16 @@ class Tls:
         return self.context
 
 
-def probe_tcp(check: Check, tls):
+def probe_tcp(check, tls):
     """Pass if the endpoint accepts a connection. (The kernel accepts for a hung service, too.)"""
     connect(check.endpoint.host, check.endpoint.port, Deadline(check.timeout)).close()
 
 
-def probe_http(check: Check, tls) -> str | None:
+def probe_http(check, tls):
     """Pass if a GET ends in one of the check's codes, or in a redirect to another host.
 
-    Redirects on this machine are followed. One that leaves it passes, because the service has
-    answered: what a load balancer says there is true of all instances at once. Returns a remark
-    on that, or None. `tls` is the check's.
+    Redirects are followed on this machine only: what stands elsewhere, like a load balancer, says
+    nothing about this instance. Returns a remark on one that leaves it, or None.
     """
     deadline = Deadline(check.timeout)
     endpoint, headers = check.endpoint, check.headers
@@ -708,36 +721,34 @@ def probe_http(check: Check, tls) -> str | None:
                 )
             endpoint = target
             # Headers may hold a secret: another origin does not get them.
-            headers = check.headers if endpoint.origin == check.endpoint.origin else {}
+            headers = check.headers if endpoint[:3] == check.endpoint[:3] else {}
         raise ProbeFailure(f"more than {MAX_REDIRECTS} redirects")
     except ProbeFailure as error:
         if endpoint == check.endpoint:
             raise
-        raise ProbeFailure(f"{str(error)[:100]} (redirected to {endpoint})") from None
+        raise ProbeFailure(f"{str(error)[:100]} (redirected to {endpoint})") from error.__cause__
 
 
 def follow(endpoint, location, own_host):
     """Where a Location leads: (URL, Endpoint), or (URL, None) if that is not on this machine."""
+    # Names are compared as written; a Host header is not a name of this machine.
     # http.client reads headers as Latin-1: what is not ASCII there is a byte, to be encoded.
     location = re.sub("[^!-~]", lambda char: f"%{ord(char[0]):02X}", location)
-    with contextlib.suppress(ConfigError, ValueError):
-        url = urllib.parse.urljoin(endpoint.url, location)
-        host = urllib.parse.urlsplit(url).hostname
-        # Names are compared as written, and a Host header is not a name of this machine.
-        if host and host != own_host and not LOOPBACK.fullmatch(host):
-            return url, None
-        if host:
+    with suppress(ConfigError, ValueError):
+        url = urljoin(endpoint.url, location)
+        host = urlsplit(url).hostname
+        if host == own_host or LOOPBACK.fullmatch(host or ""):
             return url, Endpoint.from_text(url)
-    where = quoted(hide_secrets(location))
-    raise ProbeFailure(f"redirected to {where}, which is not an http or https URL")
+        if host:
+            return url, None
+    raise ProbeFailure(f"redirected to {quoted(location)}, which cannot be followed")
 
 
-def exchange(method, endpoint: Endpoint, headers: dict, deadline: Deadline, tls):
+def exchange(method, endpoint, headers, deadline, tls):
     """Send one request, never through a proxy: (response, body). Raises as a probe does.
 
-    The service sees no reset, because the body is read: up to LARGEST_BODY bytes, for at most half
-    of the time left. Failures in it are ignored. The body that is returned is its first piece, or
-    empty if the body is incomplete.
+    Reads up to LARGEST_BODY bytes, for at most half the time left, so that the service sees no
+    reset. Failures of that are ignored. Returns the first piece; an incomplete body is empty.
     """
     # Outside of the try: a failure here is not the service's.
     context = tls.prepare() if endpoint.scheme == "https" else None
@@ -746,15 +757,15 @@ def exchange(method, endpoint: Endpoint, headers: dict, deadline: Deadline, tls)
         if context:
             sock.settimeout(deadline.left("in the TLS handshake"))
             # The name for the handshake and the certificate; neither has a final dot.
-            name = urllib.parse.urlsplit("//" + headers.get("Host", "")).hostname or endpoint.host
+            name = urlsplit("//" + headers.get("Host", "")).hostname or endpoint.host
             sock = context.wrap_socket(sock, server_hostname=name.rstrip(".").encode())
         sock.settimeout(deadline.left("sending the request"))
-        with contextlib.suppress(OSError):  # an answer may have arrived nevertheless
+        with suppress(ConnectionError):  # an answer may have arrived nevertheless
             send_request(sock, method, endpoint, headers)
         reader = DeadlineReader(sock, deadline)
         response = read_head(sock, io.BufferedReader(reader), method)
         body = b""
-        with contextlib.suppress(Exception):
+        with suppress(Exception):
             reader.deadline = Deadline(deadline.left("reading the body") / 2)
             body = read_body(response)
             if context:
@@ -762,11 +773,11 @@ def exchange(method, endpoint: Endpoint, headers: dict, deadline: Deadline, tls)
                 sock.unwrap()  # or the service sees a connection that ends within TLS
         return response, b"" if response.length else body
     except socket.timeout:
-        raise deadline.missed() from None
+        raise ProbeFailure(deadline.missed) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         if hasattr(error, "verify_code"):
             tls.context = None
-        raise failure(error, reason_of(error)) from None
+        raise ProbeFailure(describe(error)) from error
     finally:
         sock.close()
 
@@ -776,22 +787,15 @@ def send_request(sock, method, endpoint, headers):
     connection.default_port = DEFAULT_PORTS[endpoint.scheme]  # the port that Host leaves out
     connection.sock = sock
     own = {"User-Agent": f"{PROGRAM}/{__version__}", "Accept": "*/*", "Connection": "close"}
-    connection.request(method, endpoint.path, headers={**own, **headers})
-
-
-# What OpenSSL calls a first answer that is not TLS, but plain HTTP for example.
-NO_TLS = ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE")
-
-
-def reason_of(error):
-    if getattr(error, "reason", "") in NO_TLS:
-        return "the answer is not TLS: write http:// or another port"
-    text = getattr(error, "verify_message", "") or getattr(error, "strerror", "") or error
-    return f"{type(error).__name__}: {text}"
+    # No Accept-Encoding: Apache, for one, answers 406 to http.client's "identity".
+    connection.putrequest(method, endpoint.path, "Host" in headers, skip_accept_encoding=True)
+    for name, value in {**own, **headers}.items():
+        connection.putheader(name, value)
+    connection.endheaders()
 
 
 INTERIM = re.compile(rb"HTTP/\S+ +1(?!01)[0-9][0-9]\b")  # RFC 9110, 15.2
-KEPT = (b"location:", b"content-length:", b"transfer-encoding:")
+NEEDED = (b"location:", b"content-length:", b"transfer-encoding:")
 
 
 def read_head(sock, stream, method):
@@ -805,7 +809,7 @@ def read_head(sock, stream, method):
         if not line.endswith(b"\n"):
             what = "the connection ended within" if left else "larger than 1 MiB:"
             raise http.client.HTTPException(f"{what} the head of the response")
-        if not head or line.lower().startswith(KEPT):
+        if not head or line.lower().startswith(NEEDED):
             head.append(line)
         elif line in (b"\r\n", b"\n"):
             if not INTERIM.match(head[0]):
@@ -814,17 +818,16 @@ def read_head(sock, stream, method):
     response = http.client.HTTPResponse(sock, method=method)
     response.fp = io.BytesIO(b"".join([*head, b"\r\n"]))  # begin() reads the head from this
     response.begin()
-    response.fp = stream  # and read() the body from this
+    response.fp = stream  # read() reads the body from this
     return response
 
 
 def read_body(response):
-    """Read up to LARGEST_BODY bytes in pieces, to hold little memory. Returns the first piece."""
-    first = piece = response.read(2**16)
-    left = LARGEST_BODY - len(piece)
-    while piece and left > 0:
-        piece = response.read(2**16)
-        left -= len(piece)
+    """Read up to LARGEST_BODY bytes, in pieces to hold little memory. Returns the first piece."""
+    first = response.read(PIECE)
+    for _ in range(LARGEST_BODY // PIECE - 1):
+        if not response.read(PIECE):
+            break
     return first
 
 
@@ -843,495 +846,511 @@ class DeadlineReader(io.RawIOBase):
 
 
 # ---- Marking -------------------------------------------------------------------------------------
-# Instance metadata, the Auto Scaling call, the rehearsal of one, and the thread that does all that.
-# Whether a mark is wanted is main's to say; here is what it takes to bring it about.
+# Instance metadata, the Auto Scaling call, the rehearsal of it, and the thread that does all that.
+# Main reports the verdict, Deciding says which call to make; here is what it takes to make it.
 
+METADATA = "AWS_EC2_METADATA_SERVICE_ENDPOINT"  # the variable that says where metadata is
 METADATA_ATTEMPTS = 3  # of 1 s each
-# The lifecycle state comes first: rule 1 hangs on it.
-METADATA_ITEMS = {
-    "lifecycle": "autoscaling/target-lifecycle-state",
-    "said_id": "instance-id",
-    "region": "placement/region",
+LIFECYCLE = "meta-data/autoscaling/target-lifecycle-state"
+METADATA_ITEMS = {  # the path of each, and the variable that stands in for it
+    "lifecycle": (LIFECYCLE, ""),
+    "id": ("meta-data/instance-id", "INSTANCE_ID"),
+    "region": ("meta-data/placement/region", "AWS_REGION"),
 }
 
 
-class Instance(typing.NamedTuple):
-    """What is known of this instance: what metadata said, each item when it could last be read."""
+class Instance(NamedTuple):
+    """What is known of this instance: each item as it could last be read."""
 
-    lifecycle: str | None = None  # the target lifecycle state; None: there is none
-    said_id: str | None = None
-    id: str | None = None  # the one to mark
+    lifecycle: str | None = None  # the target lifecycle state; None: there is none, or never read
+    id: str | None = None
     region: str | None = None
-    unread: str = ""  # why metadata could not be read this time
-
-    def mistake(self) -> str:
-        """Why no call can be made for this instance, and what to do; nothing if one can."""
-        if self.said_id not in (None, self.id):  # an image was baked with a stranger's id
-            return f"INSTANCE_ID is {self.id}, metadata says {self.said_id}: remove the variable"
-        if self.id and self.region:
-            return ""
-        advice = "enable IMDSv2 for this instance, or set INSTANCE_ID and AWS_REGION"
-        return f"instance metadata cannot be read: {self.unread} -- {advice}"
+    unread: str = ""  # why an item could not be read this time
+    problem: str = ""  # why no call can name this instance
 
 
 def read_metadata(before: Instance) -> Instance:
-    """What instance metadata says now, by IMDSv2."""
-    found = {**before._asdict(), "unread": ""}
+    """The instance as metadata describes it now (IMDSv2), with what is known from `before`.
+
+    One item that cannot be read hides no other. A variable that stands in for one must agree.
+    """
+    found, unread, problem = before._asdict(), "", ""
     try:
-        token = _metadata("PUT", "api/token", "X-aws-ec2-metadata-token-ttl-seconds", "60")
-        for item, path in METADATA_ITEMS.items():
-            found[item] = _metadata("GET", "meta-data/" + path, "X-aws-ec2-metadata-token", token)
-    except ProbeFailure as failure:
-        found["unread"] = str(failure)
-    found["id"] = os.environ.get("INSTANCE_ID") or found["said_id"]
-    found["region"] = os.environ.get("AWS_REGION") or found["region"]
-    return Instance(**found)
+        token = ask_metadata("PUT", "api/token", "X-aws-ec2-metadata-token-ttl-seconds", "60")
+    except (OSError, ProbeFailure) as error:
+        token, unread = "", str(error)
+    for item, (path, variable) in METADATA_ITEMS.items():
+        try:
+            if token:
+                found[item] = ask_metadata("GET", path, "X-aws-ec2-metadata-token", token)
+        except (OSError, ProbeFailure) as error:
+            unread = str(error)
+        value = os.getenv(variable) or found[item]
+        if found[item] not in (None, value):  # an image was baked with another machine's
+            problem = f"{variable} is {value}, metadata says {found[item]}: remove the variable"
+        found[item] = found[item] or value
+    if not (problem or (found["id"] and found["region"])):
+        advice = f"{METADATA_ADVICE}, or set INSTANCE_ID and AWS_REGION"
+        problem = f"instance metadata cannot be read: {unread} -- {advice}"
+    return Instance(**{**found, "unread": unread, "problem": problem})
 
 
-def _metadata(method, path, header, value):
-    """One item; None if there is no lifecycle state."""
+def ask_metadata(method, path, header, value):
+    """One item; None if there is no lifecycle state. Raises as a probe does."""
+    endpoint = Endpoint.from_text(f"{os.environ[METADATA]}latest/{path}")
     for attempts_left in reversed(range(METADATA_ATTEMPTS)):
         try:
-            deadline = Deadline(1.0)
-            endpoint = metadata_endpoint(path)
-            response, body = exchange(method, endpoint, {header: value}, deadline, Tls())
-            if response.status == 404 and "lifecycle" in path:
+            response, body = exchange(method, endpoint, {header: value}, Deadline(1.0), Tls())
+            if response.status == 404 and path == LIFECYCLE:
                 return None
             if response.status == 200 and re.fullmatch(rb"[\w:=/+-]{1,200}\s*", body):
-                return body.decode().strip()  # a web page in its place is not believed
+                return body.decode().strip()  # anything else, like a web page, is not believed
             raise ProbeFailure(f"HTTP status {response.status} for {path}, {len(body)} bytes")
         except ProbeFailure:
             if not attempts_left:
                 raise
 
 
-def metadata_endpoint(path):
-    """Where an item of metadata is; ConfigError if the variable names no URL."""
-    base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
-    return Endpoint.from_text(f"{base.rstrip('/')}/latest/{path}")
-
-
-def prepare_botocore():
-    """Have botocore, too, ask for metadata directly, and as often."""
-    listed = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    if listed != "*":
-        host = metadata_endpoint("").host
-        os.environ["no_proxy"] = f"{host},[{host}],{listed}"  # (an IPv6 address in brackets)
+def prepare_environment():
+    """Complete botocore's variables about metadata; ConfigError if its endpoint is not a URL."""
+    is_ipv6 = os.getenv(METADATA + "_MODE", "").lower() == "ipv6"  # older botocore does not read it
+    default = "http://[fd00:ec2::254]/" if is_ipv6 else "http://169.254.169.254/"
+    url = (os.getenv(METADATA) or default).rstrip("/") + "/"  # older botocore needs the slash
+    try:
+        host = Endpoint.from_text(url).host
+    except ConfigError as error:
+        raise ConfigError(f"{METADATA}: {error}") from None
+    os.environ[METADATA] = url
     os.environ.setdefault("AWS_METADATA_SERVICE_NUM_ATTEMPTS", str(METADATA_ATTEMPTS))
+    others = os.getenv("no_proxy") or os.getenv("NO_PROXY") or ""
+    if others != "*":  # metadata is never asked for through a proxy
+        os.environ["no_proxy"] = f"{host},[{host}],{others}"  # botocore writes IPv6 in brackets
 
 
-modules_before = None  # the names of those before boto3, while that is not imported well
+MODULES = frozenset(sys.modules)  # without boto3
 
 
-def autoscaling(region, is_signed=True):
-    """A new client of the Auto Scaling API, credentials in hand; ImportError if boto3 is broken.
-
-    New each time: a session made while credentials were missing never finds any. What was imported
-    in vain is forgotten before the next try: there may have been no memory for even that.
-    """
-    global modules_before
-    modules_before = modules_before or set(sys.modules)
-    for name in set(sys.modules) - modules_before:
-        del sys.modules[name]
+def autoscaling(instance, is_broken=False):
+    """A new client of the Auto Scaling API, with credentials; ImportError if boto3 is broken."""
+    # If it was the last time, some modules are incomplete. They are forgotten only now, because
+    # that needs memory, and a lack of memory may have broken it.
+    for name in set(sys.modules) - MODULES if is_broken else ():
+        sys.modules.pop(name, None)
+    importlib.invalidate_caches()
     try:
         import boto3.session
         import botocore.config
 
-        session = boto3.session.Session(region_name=region)
+        # A session that was made without credentials never finds any: each call has its own.
+        session = boto3.session.Session(region_name=instance.region)
         # Older boto3 does not read these variables.
-        url = os.environ.get("AWS_ENDPOINT_URL_AUTO_SCALING") or os.environ.get("AWS_ENDPOINT_URL")
-        options = {"connect_timeout": 3, "read_timeout": 10, "retries": {"total_max_attempts": 1}}
-        if not is_signed:
-            options["signature_version"] = botocore.UNSIGNED
-        config = botocore.config.Config(**options)
+        url = os.getenv("AWS_ENDPOINT_URL_AUTO_SCALING") or os.getenv("AWS_ENDPOINT_URL")
+        retries = {"total_max_attempts": 1}
+        config = botocore.config.Config(connect_timeout=3, read_timeout=10, retries=retries)
         client = session.client("autoscaling", endpoint_url=url, config=config)
     except BaseException as error:
         raise ImportError(f"{type(error).__name__}: {error}") from error
-    modules_before = None
     credentials = session.get_credentials()
     if not credentials:
-        raise LookupError("unable to locate credentials")
+        why = instance.unread or "it has none"
+        raise LookupError(f"unable to locate credentials; instance metadata: {why}")
     credentials.get_frozen_credentials()
     return client
 
 
-INSTALL_BOTO3 = "install the package python3-boto3 (apt-get or dnf; on RHEL it is in EPEL)"
-DENIED = "AccessDenied|Unauthorized"
-PERMISSION = "autoscaling:SetInstanceHealth"
-PROFILE = f"give the instance a profile whose role allows {PERMISSION}"
-ADVICE = {  # the first pattern that "code: text" of an error begins with says what to do
-    ".*grace period": "a group refuses marks within its health check grace period",
-    ".*No managed instance": "attach the instance to a group, or stop this service",
-    DENIED: f"allow {PERMISSION} in the policy of the instance's role",
-    ".*locate credentials|Partial|Credential|Metadata": PROFILE,
-    ".*[Ee]xpired|Signature|InvalidClient|AuthFail": "look at the clock, then at the credentials",
-    "Throttl|RequestLimit|TooManyRequests": "AWS limits the calls of the account; it tries again",
-    "ResourceContention|ScalingActivity": "the group is being changed; it tries again",
-    "Internal|ServiceUnav|50.:": "AWS has a fault; it tries again",
-    ".*no AWS request id|ResponseParser|KeyError": "something else answers there: see the proxy",
-    ".*Proxy": "look at the proxy that HTTPS_PROXY names",
-    ".*SSL": "trust the authority of the certificate by AWS_CA_BUNDLE, or look at the proxy",
-    ".*(Connect|Timeout|HTTPClient)": "look at routes, security groups and the VPC endpoint",
-    "ImportError: MemoryError": "the instance is out of memory",
-    "ImportError: (Invalid|Profile|Config|ValueError)": "mend the variable or file that says so",
-    "ImportError": f"boto3 is missing or broken: {INSTALL_BOTO3}",
-}
+def answer_in(error):
+    """The answer of AWS that an error stands for; empty if it stands for none."""
+    return error.response if getattr(error, "operation_name", "") == "SetInstanceHealth" else {}
 
 
-def headers_of(answer, client):
-    """The headers of an answer of AWS; LookupError if it is somebody else's, a proxy's page."""
+def set_health(client, instance_id, status):
+    """Call SetInstanceHealth once; raises what boto3 raises, unless AWS accepts the call."""
+    # An answer without an AWS request id is a proxy's; that raises LookupError.
+    try:
+        answer = client.set_instance_health(InstanceId=instance_id, HealthStatus=status)
+        refusal = None
+    except Exception as error:
+        answer, refusal = answer_in(error), error
+        if not answer:
+            raise
     headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     if "x-amzn-requestid" not in headers:
         raise LookupError(f"no AWS request id in an answer of {client.meta.endpoint_url}")
-    return headers
+    if refusal:
+        raise refusal
 
 
-def answer_in(error):
-    """What AWS answered, as far as an error has it."""
-    return getattr(error, "response", None) or {}
+def code_of(error):
+    """The error code that AWS answered, or the type of an error that is not an answer."""
+    return answer_in(error).get("Error", {}).get("Code") or type(error).__name__
 
 
 def explain(error):
-    """One line: what went wrong in an API call, in AWS's words, uncut, and what to do about it."""
-    code = answer_in(error).get("Error", {}).get("Code") or type(error).__name__
-    text = printable(str(error), 2000)
+    """One line: what went wrong in a call, in AWS's own words, and what to do about it."""
+    code, text = code_of(error), printable(str(error), 2000)
     advice = [ADVICE[pattern] for pattern in ADVICE if re.match(pattern, f"{code}: {text}")]
     return " -- ".join([text if code in text else f"{code}: {text}", *advice[:1]])
 
 
-NOT_READY = "A mark would not succeed now: "
+INSTALL_BOTO3 = "install the package python3-boto3 (apt-get or dnf; on RHEL it is in EPEL)"
+METADATA_ADVICE = "enable IMDSv2 for this instance (for a container: a hop limit of 2)"
+PERMISSION = "autoscaling:SetInstanceHealth"
+DENIED = "AccessDenied|Unauthorized"
+ADVICE = {  # the first pattern that matches the start of "code: text" says what to do
+    "ImportError: MemoryError": "the instance is out of memory",
+    "ImportError.*nvalid endpoint": "correct AWS_ENDPOINT_URL_AUTO_SCALING or AWS_ENDPOINT_URL",
+    "ImportError: (Invalid|Profile|Config|Value)": "correct AWS_PROFILE, or what else it names",
+    "ImportError": f"boto3 is missing or broken: {INSTALL_BOTO3}",
+    ".*grace period": "a group refuses marks within its health check grace period",
+    ".*[Nn]o managed instance": "attach the instance to a group, or stop this service",
+    ".*explicit deny": "remove the deny from that policy: nothing overrides it; then restart",
+    DENIED: f"allow {PERMISSION} in that policy or in the instance's role; then restart",
+    ".*AssumeRole": "correct the role, or the policy that lets this instance assume it",
+    ".*([Ee]xpired|Partial)|Signature|InvalidClient|AuthF": "check the clock and the credentials",
+    ".*locate credentials(?!.* has none)": METADATA_ADVICE,
+    ".*(locate credentials|Credential|Metadata)": f"attach a profile that allows {PERMISSION}",
+    "Throttl|RequestLimit|TooManyRequests": "AWS limits the calls of the account; it tries again",
+    "Internal|ServiceUnav|50.:|Resource|Scaling": "AWS has a fault, or is busy; it tries again",
+    ".*no AWS request id|ResponseParser|KeyError": "something else answers there: check the proxy",
+    ".*Proxy": "check the proxy that HTTPS_PROXY names",
+    ".*SSL": "trust the authority of the certificate by AWS_CA_BUNDLE, or check the proxy",
+    ".*(Connect|Timeout|HTTPClient)": "check routes, security groups and the VPC endpoint",
+}
 
 
-def rehearse() -> str:
-    """Try all that a mark takes but the call: the line that says whether one would succeed."""
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # rather this process than any other
+def rehearse():
+    """The instance, and why a mark of it would not succeed now, with what to do; empty: it would.
+
+    It makes the very call of a mark, with a HealthStatus that does not exist: AWS refuses that with
+    ValidationError, or with what would refuse the mark. It does not try what AWS checks later.
+    """
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # if memory runs out, this process goes first
+    instance = read_metadata(Instance())
+    if instance.problem:
+        return instance, instance.problem
     try:
-        instance = read_metadata(Instance())
-        why_not = instance.mistake() or why_no_call(instance.region)
+        set_health(autoscaling(instance), instance.id, "Rehearsal")
     except BaseException as error:
-        why_not = explain(error)
-    return NOT_READY + why_not if why_not else f"Ready to mark {instance.id} in {instance.region}"
-
-
-def why_no_call(region):
-    """Why a call would not succeed, as far as can be told by asking its very endpoint one unsigned
-    question; nothing if it would. Raises what boto3 raises."""
-    client = autoscaling(region, is_signed=False)
-    try:
-        answer = client.describe_account_limits()
-    except Exception as error:
-        answer = answer_in(error)
-        if not answer:
-            raise
-    return why_wrong_clock(headers_of(answer, client).get("date", ""), time.time())
-
-
-def why_wrong_clock(date: str, now: float) -> str:
-    """What is wrong with a clock that says `now`, by the Date header of AWS (RFC 9110, 6.6.1)."""
-    try:
-        minutes = (now - email.utils.parsedate_to_datetime(date).timestamp()) / 60
-    except (TypeError, ValueError):
-        return ""
-    if abs(minutes) < 5:  # which signatures bear (AWS Signature Version 4)
-        return ""
-    error = f"{minutes:.0f} minutes fast" if minutes > 0 else f"{-minutes:.0f} minutes slow"
-    return f"the clock is {error} -- set it (chronyc makestep)"
+        if code_of(error) != "ValidationError" or "managed instance" in str(error):
+            return instance, explain(error)
+    return instance, ""
 
 
 class Rehearsal:
-    """Runs -rehearse now and then in a child process, so that boto3's memory goes with it."""
+    """Runs -rehearse in a child process, so that the memory of boto3 goes with it."""
 
     def __init__(self, command):
-        self.command = command
+        self.command = command  # empty in a dry run
         self.child = None  # the process under way
-        self.limit = 0.0  # when it has taken too long; math.inf: it is killed, and not waited for
-        self.due, self.pause = 0.0, 30.0  # when the next one starts; half the wait after it, if ill
+        self.deadline = 0.0  # when it has taken too long
+        self.is_killed = False
+        self.due = 0.0  # when the next one starts: a day after one that went well
+        self.pause = 60.0  # seconds to the next one otherwise, doubling to 5 minutes
 
-    def step(self, now):
-        """Start one that is due; the line of one that has ended, or taken too long."""
-        if not self.child and now >= self.due:
-            self.child = Popen(self.command, bufsize=0, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT)
-            os.set_blocking(self.child.stdout.fileno(), False)
-            self.limit = now + 30.0
+    def start(self, now):
+        self.child = Popen(self.command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT)
+        os.set_blocking(self.child.stdout.fileno(), False)
+        self.deadline, self.is_killed = now + 30.0, False
+        self.due, self.pause = now + self.pause, min(2 * self.pause, 300.0)
+
+    def poll(self, now):
+        """The result of one that ended or takes too long, as `rehearse` has it; None: no news."""
         status = self.child.poll() if self.child else None
-        if status is not None:
-            output = (self.child.stdout.read() or b"").decode("utf-8", "replace")
-            line = printable(output.strip().split("\n")[-1], 2000)
-            self.child = None
-            self.pause = min(2 * self.pause, 300.0) if status else 30.0
-            self.due = now + (self.pause if status else 86400.0) * random.uniform(0.9, 1.1)
-            return None if self.limit == math.inf else line or "a rehearsal gave no answer"
-        if self.child and now >= self.limit:
+        if status is None:
+            if not self.child or self.is_killed or now < self.deadline:
+                return None
             self.kill()
             return "a rehearsal did not end in 30s"
-        return None
+        output = (self.child.stdout.read() or b"").decode("utf-8", "replace").strip()
+        self.child = None
+        if self.is_killed:
+            return None
+        if status == 0:
+            self.due, self.pause = now + 86400.0, 60.0
+            return ""
+        return printable(output.split("\n")[-1], 2000) or f"a rehearsal ended with status {status}"
 
     def kill(self):
-        """End the one under way; one that cannot be ended is not waited for."""
+        """End the one under way. Nothing waits for one that cannot be ended."""
         if self.child:
             self.child.kill()
-            self.limit = math.inf
+            self.is_killed = True
 
 
 class Stepper:
-    """Does its step(now) again and again: a fault of this program ends nothing."""
+    """Calls its step(now) again and again; a fault of this program does not end it."""
 
-    status = None  # the exit status, when it is time
-    began = math.inf  # when the step under way did
-    is_faulty = False  # whether the last step was
-    wait = staticmethod(time.sleep)
+    status = None  # the exit status, when it is time to end
+    began = math.inf  # when the step under way began
+    is_faulty = False  # whether the last step ended in a fault
+    clock = monotonic
+    wait = time.sleep
 
     def run(self):
         """Step until it is time to end; returns the exit status."""
         pause = 0.0
         while self.status is None:
             self.wait(pause)
-            self.began = time.monotonic()
+            self.began = self.clock()
             pause = self.try_step(self.began)
             self.began = math.inf
         return self.status
 
     def try_step(self, now):
-        """Do what is due; the seconds to wait before the next step."""
+        """Do what is due; returns the seconds to wait before the next step."""
         try:
             wake, self.is_faulty = self.step(now), False
-            return max(0.0, min(wake - now, LOOK))
+            return max(0.0, min(wake - now, POLL_INTERVAL))
         except BaseException as fault:
-            with contextlib.suppress(Exception):  # there may be no memory even for this
+            with suppress(Exception):  # there may be no memory for a line in the log
                 if not self.is_faulty:
-                    log.error(f"A fault of this program, trying again: {named(fault)}")
+                    log.error(f"A fault of this program, trying again: {describe(fault)}")
             self.is_faulty = True
             return 1.0
 
 
-class Told(typing.NamedTuple):
-    """What main tells the marker."""
-
-    verdict: str = UNDECIDED  # the last one if the checks still agree with it, else undecided
-    evidence: str = ""  # for it
+READY = "Ready to mark {0.id} in {0.region}".format
+NOT_READY = "A mark would not succeed now: "
+DRY_RUN = "dry run, nothing is marked"
 
 
-class Report(typing.NamedTuple):
-    """How the mark stands, for main to show."""
+class Findings(NamedTuple):
+    """What main tells the marker: a new value each time."""
 
-    instance: str | None = None  # its id
-    wanted: str | None = None
-    marked: str = ""  # the instance on which a mark of our own may stand
-    why_not: str | None = None  # why a mark would not succeed; "": it would; None: not known yet
-    hold: str = ""  # why no call is made although one is wanted
+    config: Config
+    verdict: str = UNDECIDED  # the last one while all checks agree with it, else undecided
+    evidence: str = ""
+
+
+class Report(NamedTuple):
+    """What the marker tells main, which shows it: a new value each time."""
+
+    instance: Instance = Instance()
+    wanted: str | None = None  # the call to make
+    hold: str = ""  # what holds it back
     calls: int = 0  # made since it is wanted
+    # Instance and region of a mark of our own that may stand, or empty. It may stand from before
+    # an Unhealthy call is sent, until AWS refuses that very call or a Healthy call succeeds.
+    marked: str = ""
+    why_not: str | None = None  # why a mark would not succeed; empty: it would; None: not known yet
     last_call: dict | None = None
 
 
 class Marker(Stepper, threading.Thread):
-    """Brings about the mark that is wanted: looks what it is, looks at metadata, calls, waits."""
+    """Makes the call that `decide` asks for, or rehearses one. It alone reads metadata."""
 
     def __init__(self, config, rehearsal, writer, marked):
         super().__init__(daemon=True)
-        self.told, self.config = Told(), config  # main's to write
-        self.report = Report(marked=marked)  # main's to read
-        self.rehearsal = rehearsal  # None: this is a dry run
-        self.writer = writer  # it remembers over a restart that a mark may stand
-        self.instance = Instance()
-        self.due = math.inf  # when the next look or call is, for what is wanted
-        self.hold_end = 0.0  # math.inf while out of service; then the end of a new grace period
-        self.denied = ""  # AWS's words when the permission was lacking: no rehearsal can try that
+        self.findings, self.report = Findings(config), Report(marked=marked)
+        self.rehearsal, self.writer = rehearsal, writer
+        self.is_dry_run = not rehearsal.command
+        self.hold = Hold()
+        self.due = 0.0  # when the wanted call is tried next
+        self.denial = ""  # AWS's words if the last call was denied: a rehearsal may not find that
+        self.is_import_broken = False  # whether the last call ended in an ImportError
 
     def step(self, now):
-        """Do what is due for what is wanted; if nothing is wanted, see to the rehearsals."""
-        wanted = self.wanted()
+        """Try the wanted call if it is due; if none is wanted, rehearse."""
+        findings = self.findings
+        wanted, _ = self.decide(findings, now)
         if wanted != self.report.wanted:
             self.due = now
             self.publish(wanted=wanted, hold="", calls=0)
-        if self.told.verdict == HEALTHY:
-            self.hold_end = 0.0
-        if not wanted and self.rehearsal:
+        if not wanted:
+            self.update_hold(findings)
             self.rehearse(now)
-        elif wanted and now >= self.due:
-            if self.rehearsal:
-                self.rehearsal.kill()
-            self.look()
-            self.due = now + self.work(wanted, now)
-        return now + LOOK
+        elif now >= self.due:
+            self.due = self.try_to_mark(wanted) + self.clock()
+        return now + POLL_INTERVAL
 
-    def wanted(self):
-        return wanted_mark(self.told.verdict, bool(self.report.marked), self.config.recovery)
+    def try_to_mark(self, wanted):
+        """Make the call if both answers ask for it; returns the seconds until the next try."""
+        self.rehearsal.kill()
+        error = client = findings = None
+        try:
+            findings = self.ask(wanted)
+            if findings and not self.is_dry_run:
+                client = autoscaling(self.report.instance, self.is_import_broken)
+                findings = self.ask(wanted)  # importing boto3 takes seconds
+            if not findings:
+                return self.findings.config.frequency
+            self.call(client, wanted)
+        except BaseException as fault:  # whatever it is, the call is tried again
+            error = fault
+        return self.note_result(wanted, findings, error)
+
+    def ask(self, wanted):
+        """The findings, if they still ask for this call and nothing holds it back; else None."""
+        self.gather()
+        findings = self.findings
+        call, hold = self.decide(findings, self.clock())
+        if call != wanted:
+            self.publish(wanted=None, hold="")  # the next step starts over
+            return None
+        if hold and hold != self.report.hold:
+            log.warning(f"Not marking as {wanted}: {hold}")
+        self.publish(hold=hold)
+        return None if hold else findings
+
+    def gather(self):
+        """Read metadata. Forget a mark of another instance: this image was made from that one."""
+        instance, marked = read_metadata(self.report.instance), self.report.marked
+        if self.is_dry_run:  # it needs no identity
+            instance = instance._replace(id=instance.id or "this-instance", problem="")
+        self.publish(instance=instance)
+        self.update_hold(self.findings)
+        if marked and not instance.problem and marked.split(" ")[0] != instance.id:
+            self.note_mark("")
+
+    def decide(self, findings, now):
+        instance, may_stand = self.report.instance, bool(self.report.marked)
+        return decide(
+            findings.verdict, findings.config.recovery, may_stand, instance.problem,
+            instance.lifecycle, self.hold.grace_end, now,
+        )  # fmt: skip
+
+    def update_hold(self, findings):
+        grace_end = self.clock() + findings.config.graceperiod
+        self.hold = self.hold.after(findings.verdict, self.report.instance.lifecycle, grace_end)
+
+    def call(self, client, wanted):
+        """Make the call, or none in a dry run; raises as set_health does."""
+        before, instance = self.report.marked, self.report.instance
+        if wanted == MARK_UNHEALTHY:
+            self.note_mark(f"{instance.id} {instance.region}")
+        try:
+            if client:
+                set_health(client, instance.id, wanted)
+        except Exception as error:
+            if answer_in(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 500:
+                self.note_mark(before)  # AWS has refused this very call
+            raise
+        if wanted == MARK_HEALTHY:
+            self.note_mark("")
+
+    def note_mark(self, marked):
+        self.publish(marked=marked)
+        self.writer.remember(marked)
+
+    def note_result(self, wanted, findings, error):
+        """Log and publish how a call ended; returns the seconds until the next one."""
+        who, calls = self.report.instance.id, self.report.calls + 1
+        result = explain(error) if error else ""
+        self.is_import_broken = isinstance(error, ImportError)
+        gc.collect()  # a failed import leaves cycles, and memory may be short
+        delay = call_backoff(calls, self.findings.config.frequency, error, os.urandom(1)[0] / 255)
+        if error:
+            self.rehearsal.due = 0.0  # as soon as no call is wanted
+            log.error(f"Could not mark {who} as {wanted}, again in {delay:.0f}s: {result}")
+        else:
+            done = "Dry run: would have marked" if self.is_dry_run else "Marked Instance"
+            line = f"{done} as {wanted}: {who}: {findings.evidence}"
+            log.log(WARNING if wanted == MARK_UNHEALTHY else INFO, line)
+        if not error or re.match(DENIED, code_of(error)):
+            self.denial = result
+        last_call = {"status": wanted, "error": result, "time": time.time()}
+        self.publish(calls=calls, last_call=last_call, why_not=result)
+        return delay
+
+    def rehearse(self, now):
+        """Rehearse if it is due (never in a dry run), and publish how one went."""
+        rehearsal = self.rehearsal
+        if rehearsal.command and not rehearsal.child and now >= rehearsal.due:
+            self.gather()
+            rehearsal.start(now)
+        why_not = rehearsal.poll(now)
+        if why_not is not None:
+            self.gather()
+            self.publish(why_not=why_not or self.denial)
 
     def publish(self, **changes):
         self.report = self.report._replace(**changes)
 
-    def look(self):
-        self.instance = read_metadata(self.instance)
-        self.publish(instance=self.instance.id)
-        if self.instance.id and self.report.marked not in ("", self.instance.id):
-            self.note_mark("")  # it stands on the instance that this image was made from
-
-    def note_mark(self, instance):
-        """Note that a mark of our own may stand on this instance, or ("") that there is none."""
-        self.publish(marked=instance)
-        self.writer.marks.append(instance)
-        self.writer.has_news.set()
-
-    def work(self, wanted, now):
-        """Make the call if nothing holds it back; returns the seconds until the next look."""
-        frequency, evidence = self.config.frequency, self.told.evidence
-        who = self.instance.id or "this instance"
-        hold = self.why_hold(wanted, now)
-        if hold and hold != self.report.hold:
-            level = logging.WARNING if now < self.hold_end else logging.ERROR
-            log.log(level, f"Not marking {who} as {wanted}: {hold}")
-        self.publish(hold=hold)
-        if hold:
-            return frequency
-        result, calls = "", self.report.calls + 1
-        try:
-            if not self.call(wanted):
-                return 0.0
-        except BaseException as error:  # whatever it is, the next call is another try
-            result = explain(error)
-        if not result or ADVICE[DENIED] in result:
-            self.denied = result
-        gc.collect()  # what was imported in vain lies there in cycles, and memory may be short
-        delay = call_backoff(calls, frequency, bool(result), random.random())
-        if result:
-            log.error(f"Could not mark {who} as {wanted}, again in {delay:.0f}s: {result}")
-            self.rehearsal.due = now  # once nothing is wanted
-        else:
-            level = logging.WARNING if wanted == MARK_UNHEALTHY else logging.INFO
-            done = "Marked Instance" if self.rehearsal else "Dry run: would have marked"
-            log.log(level, f"{done} as {wanted}: {who}: {evidence}")
-        last_call = {"status": wanted, "error": result, "time": time.time()}
-        self.publish(calls=calls, last_call=last_call, why_not=result if self.rehearsal else None)
-        return delay
-
-    def why_hold(self, wanted, now):
-        """Why no call may be made now; nothing if one may."""
-        mistake = self.instance.mistake() if self.rehearsal else ""
-        if mistake or wanted == MARK_HEALTHY:
-            return mistake
-        if not lifecycle_permits(self.instance.lifecycle):
-            self.hold_end = math.inf
-            return f"its target lifecycle state is {self.instance.lifecycle}"
-        if self.hold_end == math.inf:
-            self.hold_end = now + self.config.graceperiod
-        return "in service again, in a new grace period" if now < self.hold_end else ""
-
-    def call(self, wanted):
-        """Ask the group for a HealthStatus, if it is still wanted; raises what boto3 raises."""
-        client = autoscaling(self.instance.region) if self.rehearsal else None
-        if self.wanted() != wanted:
-            return False
-        before, instance = self.report.marked, self.instance.id
-        if wanted == MARK_UNHEALTHY:
-            self.note_mark(instance or "this instance")
-        try:
-            if client:
-                answer = client.set_instance_health(InstanceId=instance, HealthStatus=wanted)
-                headers_of(answer, client)
-        except Exception as error:
-            if 400 <= answer_in(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0) < 500:
-                self.note_mark(before)  # AWS has refused this call
-            raise
-        if wanted == MARK_HEALTHY:
-            self.note_mark("")
-        return True
-
-    def rehearse(self, now):
-        if not self.rehearsal.child and now >= self.rehearsal.due:
-            self.look()
-        line = self.rehearsal.step(now)
-        if line:
-            is_well = line.startswith("Ready")
-            why_not = self.denied if is_well else line.replace(NOT_READY, "", 1)
-            if why_not and why_not != self.report.why_not:
-                log.warning(NOT_READY + why_not)
-            elif why_not != self.report.why_not:
-                log.info(line)
-            self.publish(why_not=why_not)
-
 
 # ---- Telling -------------------------------------------------------------------------------------
-# The log, the journal, systemd, status.json and the terminal: how the program speaks. Nothing here
-# decides, and nobody waits for it: what nobody takes is lost.
+# The log, the journal, systemd and the file that remembers a mark: how the program speaks. Nothing
+# here decides, and nobody waits for it: what cannot be written is lost.
+
+FORMATTER = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%FT%T")
+FORMATTER.converter = time.gmtime
 
 
 class Systemd:
-    """The service manager and its journal; where there is none, nothing is said."""
+    """The service manager and its journal; without them, nothing is sent."""
 
     def __init__(self):
-        self.address = os.environ.pop("NOTIFY_SOCKET", "")
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.setblocking(False)
+        self.address = re.sub("^@", "\0", os.environ.pop("NOTIFY_SOCKET", ""))  # @: abstract
+        self.is_parent = bool(os.environ.pop("INVOCATION_ID", ""))  # whether it started this
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
     def notify(self, *lines):
-        """Send one message (sd_notify(3)); it is cut, for one of over 4096 bytes is ignored."""
-        self._send("\n".join(lines)[:1000], self.address)
+        """Send one message (sd_notify(3)), cut short: systemd ignores more than 4096 bytes."""
+        self.send("\n".join(lines)[:1000], self.address)
 
     def journal(self, level, text):
         """Write one line to the journal (syslog(3)); logging's SysLogHandler would block."""
-        priority = 3 if level >= logging.ERROR else 4
-        self._send(f"<{priority}>healthchecker: {text}", "/dev/log")
+        priority = 3 if level >= ERROR else 4
+        self.send(f"<{priority}>healthchecker: {text:.9999}", "/dev/log" if self.is_parent else "")
 
-    def _send(self, text, address):
-        if self.address:
-            with contextlib.suppress(OSError):
+    def send(self, text, address):
+        if address:
+            with suppress(OSError):
                 self.socket.sendto(text.encode("utf-8", "backslashreplace"), address)
 
 
 class Writer(logging.Handler):
-    """Has a thread write the log, and the file that remembers a mark: a disk may hang."""
+    """Writes the log, and the file that remembers a mark, in a thread: a disk may hang."""
 
     def __init__(self, systemd, mark_file):
         super().__init__()
-        self.systemd = systemd
-        self.mark_file = mark_file  # "": there is none
-        self.marks = collections.deque()  # what it is to say
-        self.lines = collections.deque(maxlen=1000)  # (descriptor, bytes): the oldest are lost
+        self.systemd, self.mark_file = systemd, mark_file  # empty: there is no such file
+        self.marks = deque()  # the contents that the file is to have
+        self.lines = deque(maxlen=1000)  # (descriptor, bytes): the oldest are lost
         self.has_news = threading.Event()
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
-        line = "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s"
-        self.setFormatter(logging.Formatter(line, "%Y-%m-%dT%H:%M:%S"))
-        self.formatter.converter = time.gmtime
+        self.setFormatter(FORMATTER)
         log.addHandler(self)
         log.propagate = False
         logging.getLogger().addHandler(logging.NullHandler())  # for what libraries log
 
     def emit(self, record):
-        with contextlib.suppress(Exception):  # there may be no memory
-            text, warns = record.getMessage(), record.levelno >= logging.WARNING
-            if warns:  # now, before it may wait for a disk
+        with suppress(Exception):  # there may be no memory
+            text, is_warning = record.getMessage(), record.levelno >= WARNING
+            if is_warning:  # at once, before it may wait for a disk
                 self.systemd.journal(record.levelno, text)
             line = self.format(record) + "\n"
-            self.lines.append((2 if warns else 1, line.encode("utf-8", "backslashreplace")))
+            self.lines.append((2 if is_warning else 1, line.encode("utf-8", "backslashreplace")))
             self.has_news.set()
+
+    def remember(self, marked):
+        """Write to the file which mark may stand, before the lines that wait."""
+        self.marks.append(marked)
+        self.has_news.set()
 
     def work(self):
         while True:
-            if self.marks:  # before any line that waits
-                self.write_mark(self.marks[0])
+            if self.marks:
+                try:
+                    if self.mark_file:
+                        replace_file(self.mark_file, self.marks[0], 0o644)
+                except Exception as error:
+                    log.warning(f"A mark is not remembered over a restart: {describe(error)}")
                 self.marks.popleft()
             elif self.lines:
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     os.write(*self.lines[0])
                 self.lines.popleft()
             else:
                 self.has_news.wait()
                 self.has_news.clear()
 
-    def write_mark(self, mark):
-        try:
-            if self.mark_file:
-                replace_file(self.mark_file, mark, 0o644)
-        except Exception as error:
-            log.warning(f"A mark is not remembered over a restart: {named(error)}")
-
     def finish(self):
-        """Give it a moment for the last mark and the last lines."""
-        end = time.monotonic() + 0.5
-        while (self.marks or self.lines) and time.monotonic() < end:
-            time.sleep(0.005)
+        """Wait up to half a second for the last mark and the last lines."""
+        for _ in range(100):
+            if self.marks or self.lines:
+                time.sleep(0.005)
 
 
 def replace_file(path, content, mode):
@@ -1343,28 +1362,45 @@ def replace_file(path, content, mode):
 
 
 def read_file(path):
-    """What a file of ours says; nothing if it cannot be read."""
-    with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
+    """The content of a file of ours; empty if it cannot be read."""
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         return file.read()
     return ""
 
 
-HOW_TO_TAKE_BACK = (
-    "A mark of this program may stand on {0}, and nobody takes it back now; if it is not to act: "
-    "aws autoscaling set-instance-health --instance-id {0} --health-status Healthy"
-)
+def summarize(state, why_not, report):
+    """One line for an operator, the cause first."""
+    parts = [state]
+    if why_not:
+        parts.insert(0, why_not if why_not == DRY_RUN else NOT_READY + why_not)
+    if report.hold and report.hold != why_not:
+        parts.append(f"not marking: {report.hold}")
+    elif report.wanted and not report.hold:
+        parts.append(f"marking as {report.wanted}, calls so far: {report.calls}")
+    return "; ".join(parts)
+
+
+def how_to_take_back(marked):
+    """What an operator does about a mark that may stand while this program is stopped."""
+    instance, _, region = marked.partition(" ")
+    return (
+        f"The group may still hold {instance} as Unhealthy because of this program. While the "
+        "program is stopped, nothing takes that back. To keep the instance, run: aws autoscaling "
+        f"set-instance-health --region {region or 'REGION'} --instance-id {instance} "
+        "--health-status Healthy"
+    )
 
 
 # ---- Check loops ---------------------------------------------------------------------------------
-# One thread per check: wait, probe, hand over the result. Nothing is counted or decided here, but
-# whose fault a failure was.
+# One thread per check: wait, probe, pass the result on. Nothing is counted or decided here, except
+# whether a failure is the service's or this machine's.
 
 
 class CheckLoop(threading.Timer):
-    """A Timer that goes off again and again: probes one check at a fixed rate, first when `due`.
+    """A Timer that repeats: it probes one check at a fixed rate, for the first time when `due`.
 
-    It puts (loop, number of the probe, passed, text) into the inbox. `passed` is None if a fault
-    of this program spoiled the probe; `text` is the reason of a failure, or a remark, or empty.
+    It puts (loop, start of the probe, passed, text) into the inbox. `passed` is None if a fault of
+    this program spoiled the probe; `text` is the reason of a failure, or a remark, or empty.
     """
 
     def __init__(self, check, inbox, due):
@@ -1372,60 +1408,49 @@ class CheckLoop(threading.Timer):
         self.daemon = True
         self.check, self.inbox, self.due = check, inbox, due
         self.tls = Tls(check.tls_verify)
-        self.probing = None  # (number, start) of the probe under way; main's to read
+        self.probing = None  # when the probe under way started; main reads it
 
     def run(self):
-        number = 0
         while not self.finished.is_set():
-            begin = time.monotonic()
+            begin = monotonic()
             if begin < self.due:
                 # Not finished.wait(): before Python 3.11, that follows the wall clock.
                 time.sleep(min(self.due - begin, 10.0))
                 continue
-            number += 1
-            passed, text = self.attempt(number)
-            end = time.monotonic()
-            self.due, self.probing = next_due(self.due, self.interval, end), None
-            self.inbox.append((self, number, passed, text))
-            result = "passed" if passed else text
+            passed, text = self.attempt()
+            end, start, self.probing = monotonic(), self.probing, None
+            self.due = next_due(self.due, self.interval, end)
+            self.inbox.append((self, start, passed, text))
+            result = "passed" if passed else f"failed: {text}"
             log.debug(f"Probe of {self.check.name} {result} in {(end - begin) * 1000:.0f} ms")
 
-    def attempt(self, number):
-        """Probe once; returns (passed, text) as they go into the inbox."""
+    def attempt(self):
+        """Probe once; returns (passed, text) for the inbox."""
         try:
             if self.check.endpoint.scheme == "https":
-                self.tls.prepare()  # before its time begins: that is the service's
-            self.probing = (number, time.monotonic())
+                self.tls.prepare()  # before the start: the time of a probe is the service's
+            self.probing = monotonic()
             return True, self.function(self.check, self.tls) or ""
         except ProbeFailure as failure:
-            return (False if can_open_descriptors() else None), str(failure)
+            is_shortage = getattr(failure.__cause__, "errno", None) in SHORTAGES
+            is_evidence = not is_shortage and can_open_descriptors()
+            return False if is_evidence else None, str(failure)
         except BaseException as fault:  # whatever it is, the loop goes on
-            return None, named(fault)
-
-
-def can_open_descriptors():
-    """Whether four can be opened: the resolver and TLS need some, and do not say if they lack."""
-    opened = []
-    with contextlib.suppress(OSError):
-        opened += os.pipe()
-        opened += os.pipe()
-    for descriptor in opened:
-        os.close(descriptor)
-    return len(opened) == 4
+            return None, describe(fault)
 
 
 # ---- Daemon and gate -----------------------------------------------------------------------------
-# The main thread: it owns the checks and takes the verdict, in step(now), where nothing sleeps and
-# nothing blocks. The gate (-foreground) is the same loop with another ending.
+# The main thread: it counts results and takes the verdict, in step(now). A step waits for nothing,
+# except for a disk when it reads the configuration. The gate is the same with another end.
 
-SPREAD = 0.001  # seconds between the starts of two loops: together they would cost more CPU
+SPREAD = 0.001  # seconds between the starts of two loops: in one burst, they would cost more CPU
 HANG_SLACK = 0.25  # seconds past its deadline that a probe has to report its own failure
-LONGEST_STEP = 60.0  # seconds of one step of the marker, after which it is thought to hang
-LONGEST_SILENCE = 300.0  # seconds that a check may go without evidence, beside those it waits
+LONGEST_STEP = 60.0  # seconds: a step of the marker that takes longer is said to hang
+LONGEST_SILENCE = 300.0  # seconds that a check may go without a result, beside its period
 
 
-class Watch:
-    """One check, and what is known of it."""
+class Record:
+    """One check, and what is known of it. Only main changes it."""
 
     def __init__(self, check, inbox, due):
         self.check = check
@@ -1433,11 +1458,11 @@ class Watch:
         self.period = max(check.frequency, check.timeout)
         self.health = Health()
         self.reason, self.failed_at = "", None  # of its last failure, and when that was counted
+        self.heard_at = due  # when a result was counted last; before, when its loop starts
         self.has_remark = False  # whether a remark of its probes was logged
-        self.heard_at = due  # when there was evidence last
         self.is_faulty = False  # whether the last probe was spoiled by a fault of this program
-        self.hung = None  # the number of the last probe that was counted as failed because it hung
-        self.hung_again = 0.0  # when it counts as failed once more
+        self.hung = 0.0  # the start of the last probe that was counted as failed because it hung
+        self.hung_again = 0.0  # when that counts as failed once more
         self.loop.start()
 
     def __str__(self):
@@ -1451,270 +1476,272 @@ class Watch:
         return f"{text} at {check.endpoint}: {'last failure: ' if passed else ''}{self.reason}"
 
 
-class Watcher(Stepper):
-    """What daemon and gate share: the checks, how they stand, the verdict at each `frequency`."""
+class Monitor(Stepper):
+    """What daemon and gate share: the records of the checks, and an act(now) each `frequency`."""
 
-    signals = None  # a socket: the number of each signal comes out of it
+    def __init__(self, config, now, grace_end, due, signals):
+        self.inbox, self.grace_end = deque(), grace_end
+        self.signals = signals  # a socket: the number of each signal comes out of it
+        self.next_act = now + config.frequency
+        self.show_at = now  # when to show how everything stands, at the latest
+        self.records = {}
+        self.use(config, due)
 
-    def __init__(self, config, now, grace_end, due):
-        self.inbox, self.grace_end = collections.deque(), grace_end
-        self.next_verdict = now + config.frequency
-        self.verdict = UNDECIDED
-        self.is_news = True  # whether something changed that is worth telling
-        self.watches = {}
-        self.watch(config, due)
-
-    def watch(self, config, due):
-        """Watch these checks: one that was watched before, and is equal, keeps its state."""
-        before, self.watches, self.config = self.watches, {}, config
+    def use(self, config, due):
+        """Use a configuration; a check that is equal to one before keeps its record."""
+        before, self.records, self.config = self.records, {}, config
+        for record in before.values():
+            if record.check not in config.checks:
+                record.loop.cancel()
         for number, check in enumerate(config.checks):
-            watch = before.get(check.name)
-            if not watch or watch.check != check:
-                watch = Watch(check, self.inbox, due + number * SPREAD)
-            self.watches[check.name] = watch
-        for watch in before.values():
-            if watch not in self.watches.values():
-                watch.loop.cancel()
+            record = before.get(check.name)
+            if not record or record.check != check:
+                record = Record(check, self.inbox, due + number * SPREAD)
+            self.records[check.name] = record
         for warning in config.warnings:
             log.warning(warning)
-        checks = ", ".join(f"{check.name} ({check.endpoint})" for check in config.checks)
-        log.info(f"Watching {checks}")
+        log.info(f"Watching {', '.join(self.records)}")
 
     def step(self, now):
-        """Take in what was handed over, decide what is due by `now`; returns when to come again."""
+        """Take what the inbox holds, and do what is due; returns when to come again."""
         while self.inbox:
             item = self.inbox.popleft()
             if isinstance(item, signal.Signals):
                 self.take_signal(item, now)
             else:
                 self.receive(item, now)
-        look = self.count_hung(now)
-        if now >= self.next_verdict and self.status is None:
-            self.take_verdict(now)
-            self.next_verdict = next_due(self.next_verdict, self.config.frequency, now)
-        return min(look, self.next_verdict)
+        wake = self.count_hung(now)
+        if now >= self.next_act and self.status is None:
+            self.act(now)
+            self.next_act = next_due(self.next_act, self.config.frequency, now)
+        return min(wake, self.next_act)
 
     def wait(self, seconds):
-        with contextlib.suppress(OSError):  # none came in this time
+        with suppress(Exception):  # no signal came in this time, or there is no memory
             self.signals.settimeout(seconds)
             self.inbox.extend(map(signal.Signals, set(self.signals.recv(4096))))
 
     def receive(self, result, now):
-        loop, number, passed, text = result
-        name, watch = loop.check.name, self.watches.get(loop.check.name)
-        if not watch or watch.loop is not loop or watch.hung == number:
-            return  # of a check that a reload replaced, or late: it has been counted as failed
+        loop, start, passed, text = result
+        name, record = loop.check.name, self.records.get(loop.check.name)
+        if loop.finished.is_set() or record.hung == start:
+            return  # a reload has replaced the check, or the probe hung and was counted as failed
         if passed is not None:
-            self.count(watch, now, passed, text)
-        elif not watch.is_faulty:
-            log.error(f"Not counted, for it is this program's fault: probe of {name}: {text}")
-        if passed and text and not watch.has_remark:
-            watch.has_remark = True
+            self.count(record, now, passed, text)
+        elif not record.is_faulty:
+            log.error(f"Not counted, a fault of this program: probe of {name}: {text}")
+        record.is_faulty = passed is None
+        if passed and text and not record.has_remark:
+            record.has_remark = True
             log.warning(f"Check {name}: {text}")
-        watch.is_faulty = passed is None
 
-    def count(self, watch, now, passed, reason):
+    def count(self, record, now, passed, reason):
         """Count one result; log a change of state, and the first failure after a success."""
-        check, before = watch.check, watch.health
-        watch.health = before.after(passed, check.threshold)
-        watch.heard_at = now
+        check, before = record.check, record.health
+        record.health = before.after(passed, check.threshold)
+        record.heard_at = now
         if not passed:
-            watch.reason, watch.failed_at = reason, now
-        if watch.health.state != before.state:
-            self.is_news = True
-            log.log(logging.INFO if passed else logging.WARNING, f"Check {watch}")
-        elif not passed and watch.health.streak == 1:
+            record.reason, record.failed_at = reason, now
+        if record.health.state != before.state:
+            self.show_at = now
+            log.log(INFO if passed else WARNING, f"Check {record}")
+        elif not passed and record.health.streak == 1:
             log.warning(f"Check {check.name} failed (1 of {check.threshold}): {reason}")
 
     def count_hung(self, now):
         """Count probes that outlive their deadline: name resolution cannot be interrupted."""
-        look = math.inf
-        # Once a step: after a pause of the process, periods that nobody watched are no evidence.
-        for watch in self.watches.values():
-            timeout, (number, start) = watch.check.timeout, watch.loop.probing or (None, now)
-            overdue = watch.hung_again if number == watch.hung else start + timeout + HANG_SLACK
-            if number and now >= overdue:
-                watch.hung, watch.hung_again = number, now + watch.period
-                reason = f"no end after {timeout:g}s: it hangs, in name resolution most likely"
-                self.count(watch, now, False, reason)
-            elif number:
-                look = min(look, overdue)
-        return look
+        wake = math.inf
+        # At most once per step: after a pause of the process, nobody knows what happened meanwhile.
+        for record in self.records.values():
+            start, timeout = record.loop.probing or math.inf, record.check.timeout
+            overdue = record.hung_again if start == record.hung else start + timeout + HANG_SLACK
+            if now >= overdue:
+                record.hung, record.hung_again = start, now + record.period
+                reason = f"no end after {timeout:g}s: it hangs, probably in name resolution"
+                self.count(record, now, False, reason)
+            else:
+                wake = min(wake, overdue)
+        return wake
 
-    def current_verdict(self):
-        return verdict_of(watch.health.state for watch in self.watches.values())
-
-    def take_verdict(self, now):
-        before, self.verdict = self.verdict, self.current_verdict()
-        self.is_news = True
-        if self.verdict != before:
-            level = logging.WARNING if self.verdict == UNHEALTHY else logging.INFO
-            log.log(level, f"Verdict {self.verdict} (was {before}): {self.evidence()}")
+    def verdict_now(self):
+        return verdict_of(record.health.state for record in self.records.values())
 
     def evidence(self):
-        """How the failing checks stand; when none fails, how all do."""
-        watches = self.watches.values()
-        failing = [watch for watch in watches if watch.health.state == FAILING]
-        return "; ".join(str(watch) for watch in failing or watches)
+        """How the failing checks stand; if there are none, the unknown ones; else only a count."""
+        records = self.records.values()
+        for state in FAILING, UNKNOWN:
+            found = [str(record) for record in records if record.health.state == state]
+            if found:
+                return "; ".join(found)
+        return "1 check" if len(records) == 1 else f"{len(records)} checks"
 
 
-class Daemon(Watcher):
-    """Watches, tells the marker the verdict, and tells systemd and status.json how all stands."""
+class Daemon(Monitor):
+    """Takes the verdict, reports it to the marker, and shows how everything stands."""
 
-    path = "-"  # of the configuration; this one: it came from standard input
-    directory = ""  # where status.json goes; this one: nowhere
-
-    def __init__(self, config, now, grace_end, marker, writer, systemd):
-        super().__init__(config, now, grace_end, grace_end)
+    def __init__(self, config, path, now, grace_end, signals, marker, writer, systemd):
+        super().__init__(config, now, grace_end, grace_end, signals)
         self.marker, self.writer, self.systemd = marker, writer, systemd
-        self.feed_at = now  # when systemd's watchdog is fed next
-        self.shown = None  # the marker's report that was told last
+        self.path = path  # of the configuration
+        self.directory = os.getenv("RUNTIME_DIRECTORY", "").split(":")[0]  # of status.json
+        self.verdict = UNDECIDED
+        self.report = marker.report  # as it was shown last
+        self.last_why_not = self.why_not(now)
 
     def step(self, now):
         wake = super().step(now)
-        self.tell_marker()
-        if self.is_news or self.marker.report is not self.shown:
-            self.tell(now)
-        if now >= self.feed_at and self.is_well(now):
+        if self.status is not None:
+            return wake
+        # A verdict is withdrawn when the checks do not agree with it any more.
+        verdict = self.verdict if self.verdict == self.verdict_now() else UNDECIDED
+        self.marker.findings = Findings(self.config, verdict, self.evidence())
+        if now >= self.show_at or self.marker.report is not self.report:
+            self.show(now)
+        if self.is_well(now):
             self.systemd.notify("WATCHDOG=1")
-            self.feed_at = now + 2.0
         return wake
 
-    def tell_marker(self):
-        """Tell it the verdict, if the checks still agree with it, between verdicts too."""
-        # (Nothing is marked on the way out.)
-        is_agreed = self.status is None and self.verdict == self.current_verdict()
-        self.marker.told = Told(self.verdict if is_agreed else UNDECIDED, self.evidence())
-        self.marker.config = self.config
+    def act(self, now):
+        before, self.verdict = self.verdict, self.verdict_now()
+        self.show_at = now
+        if self.verdict != before:
+            line = f"Verdict {self.verdict} (was {before}): {self.evidence()}"
+            log.log(WARNING if self.verdict == UNHEALTHY else INFO, line)
 
     def take_signal(self, number, now):
+        # No call is made during a stop, or while the file is read from a disk that may hang.
+        self.marker.findings = self.marker.findings._replace(verdict=UNDECIDED)
         if number == signal.SIGHUP:
             self.reload(now)
             return
-        self.status, marked = 0, self.marker.report.marked
-        log.info(f"Stopped by {number.name}")
-        if marked and self.marker.rehearsal:
-            log.warning(HOW_TO_TAKE_BACK.format(marked))
-        self.systemd.notify("STOPPING=1", f"STATUS=stopped by {number.name}")
+        self.status, words = 0, f"Stopped by {number.name}"
+        log.info(words)
+        if self.marker.report.marked and not self.marker.is_dry_run:
+            words = how_to_take_back(self.marker.report.marked)
+            log.warning(words)
+        self.systemd.notify("STOPPING=1", f"STATUS={words}")
 
     def reload(self, now):
-        """Read the configuration again; a check that is equal after defaults keeps its state."""
-        if not os.path.isfile(self.path):  # standard input, or a pipe: it can be read once
-            log.warning(f"SIGHUP ignored: the configuration, {self.path}, is no file")
+        """Read the configuration again; a bad one changes nothing.
+
+        Changed checks start unknown, and late results of the old ones are dropped. Equal checks,
+        their probes under way, the verdict, a standing mark and the grace period stay.
+        """
+        if not os.path.isfile(self.path):  # standard input or a pipe can be read only once
+            log.warning(f"SIGHUP ignored: the configuration, {self.path}, is not a file")
             return
         try:
             config = load_config(self.path)
         except Exception as error:
-            reason = str(error) or named(error)
+            reason = str(error) if isinstance(error, ConfigError) else describe(error)
             log.error(f"Configuration not reloaded, the old one stays: {reason}")
             return
-        self.status = 1  # if a thread cannot be made: systemd starts this daemon anew
-        self.watch(config, max(now, self.grace_end))
-        self.status, self.next_verdict = None, now
+        self.status = 1  # in case a thread cannot be started: systemd then starts the daemon again
+        self.use(config, max(now, self.grace_end))
+        self.status, self.next_act = None, now
+        log.info("Configuration reloaded; its graceperiod counts from the next start")
 
     def is_well(self, now):
-        """Whether systemd's watchdog is to be fed: if not, it starts this daemon anew."""
-        for watch in self.watches.values():
-            if not watch.loop.is_alive() or now > watch.heard_at + watch.period + LONGEST_SILENCE:
+        """Whether to feed systemd's watchdog; without it for a minute, systemd restarts the daemon.
+
+        A marker that hangs would hang again after a restart: `why_not` reports it instead.
+        """
+        for record in self.records.values():
+            limit = record.heard_at + record.period + LONGEST_SILENCE
+            if now > limit or not record.loop.is_alive():
                 return False
         return self.marker.is_alive() and self.writer.thread.is_alive()
 
     def why_not(self, now):
-        """Why a mark would not succeed; "": it would; None: not known yet."""
+        """Why a mark would not succeed; empty: it would; None: not known yet."""
+        if self.marker.is_dry_run:
+            return DRY_RUN
         if now > self.marker.began + LONGEST_STEP:
-            return "the thread that marks hangs, on a disk or in name resolution most likely"
+            return "the thread that marks hangs, probably on a disk or in name resolution"
         if self.marker.is_faulty:
             return "a fault of this program: see the log"
-        return self.marker.report.why_not
+        return self.marker.report.instance.problem or self.marker.report.why_not
 
-    def tell(self, now):
-        """Say how things stand: to systemd in one line, and in status.json."""
-        self.is_news, self.shown = False, self.marker.report
-        status = self.as_dict(now)
+    def show(self, now):
+        """Say how everything stands: in the log, to systemd in one line, and in status.json."""
+        self.report, self.show_at = self.marker.report, now + 60.0
+        why_not = self.why_not(now)
+        if why_not not in (None, self.last_why_not):  # each change is logged
+            line = NOT_READY + why_not if why_not else READY(self.report.instance)
+            log.log(WARNING if why_not else INFO, line)
+            self.last_why_not = why_not
+        status = self.as_dict(now, why_not)
         # READY more than once does no harm, and one may be lost.
         self.systemd.notify("READY=1", f"STATUS={status['summary']}")
         if self.directory:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 replace_file(f"{self.directory}/status.json", json.dumps(status), 0o644)
 
-    def as_dict(self, now):
-        """What status.json says; `failed_at` is of the monotonic clock."""
-        report, why_not, checks = self.marker.report, self.why_not(now), {}
-        for name, watch in self.watches.items():
-            checks[name] = {**watch.health._asdict(), "threshold": watch.check.threshold}
-            checks[name].update(reason=watch.reason, failed_at=watch.failed_at)
-            checks[name]["endpoint"] = str(watch.check.endpoint)
+    def as_dict(self, now, why_not):
+        """The content of status.json; `written` and `failed_at` are of the monotonic clock."""
+        state, checks = f"grace period, probing starts in {self.grace_end - now:.0f}s", {}
+        if now >= self.grace_end:
+            wait = f", next verdict in {max(0.0, self.next_act - now):.0f}s"
+            wait = "" if self.verdict == self.verdict_now() else wait
+            state = f"{self.verdict}{wait}: {self.evidence()}"
+        for name, record in self.records.items():
+            checks[name] = {**record.health._asdict(), "threshold": record.check.threshold}
+            checks[name].update(reason=record.reason, failed_at=record.failed_at)
+            checks[name].update(endpoint=str(record.check.endpoint))
         return {
+            **self.report._asdict(),
             "version": __version__,
+            "written": now,
+            "instance": self.report.instance.id,
             "phase": "grace" if now < self.grace_end else "watching",
             "verdict": self.verdict,
-            "summary": self.summary(now, report, why_not),
-            **report._asdict(),
-            "marked": bool(report.marked and self.marker.rehearsal),
+            "summary": summarize(state, why_not, self.report),
+            "marked": bool(self.report.marked) and not self.marker.is_dry_run,
             "could_mark": None if why_not is None else not why_not,
-            "why_not": why_not or "",
+            "why_not": why_not,
             "checks": checks,
         }
 
-    def summary(self, now, report, why_not):
-        """One line for an operator, the cause first."""
-        parts = [NOT_READY + why_not] if why_not else []
-        if now < self.grace_end:
-            parts.append(f"grace period, probing starts in {self.grace_end - now:.0f}s")
-        else:
-            parts.append(f"{self.verdict}: {self.evidence()}")
-        if report.hold:
-            parts.append(f"not marking: {report.hold}")
-        elif report.wanted:
-            parts.append(f"marking as {report.wanted}, calls so far: {report.calls}")
-        return "; ".join(parts)
 
-
-class Gate(Watcher):
+class Gate(Monitor):
     """-foreground: ends with 0 if the instance is healthy and with 1 if not; never calls AWS."""
 
-    def __init__(self, config, now, grace_end, exit_early):
-        super().__init__(config, now, grace_end, now)
-        self.exit_early = exit_early  # with 0, as soon as every check is healthy
+    def __init__(self, config, now, grace_end, signals, is_early):
+        super().__init__(config, now, grace_end, now, signals)
+        self.is_early = is_early  # end as soon as every check is healthy
         self.end = grace_end
-        for watch in self.watches.values():  # (heard_at: when its loop starts)
-            length = watch.check.threshold * watch.period + watch.check.timeout
-            self.end = max(self.end, watch.heard_at + length)  # it can have its results by then
+        for record in self.records.values():  # by then, each can have `threshold` results
+            length = record.check.threshold * record.period + record.check.timeout
+            self.end = max(self.end, record.heard_at + length)
 
     def step(self, now):
-        wake = super().step(now)
-        verdict = self.current_verdict()
-        if self.status is None and (now >= self.end or (self.exit_early and verdict == HEALTHY)):
-            self.status, level = (0, logging.INFO) if verdict == HEALTHY else (1, logging.ERROR)
+        wake, verdict = super().step(now), self.verdict_now()
+        if self.status is None and (now >= self.end or (self.is_early and verdict == HEALTHY)):
+            self.status, level = (0, INFO) if verdict == HEALTHY else (1, ERROR)
             log.log(level, f"Gate: {verdict}: {self.evidence()}")
         return min(wake, self.end)
 
-    def take_signal(self, number, now):
-        self.status = 1
-        log.error(f"Gate: stopped by {number.name} before the instance was found healthy")
+    def act(self, now):
+        checks = "; ".join(map(str, self.records.values()))
+        log.info(f"{max(0.0, self.end - now):.0f}s left: {checks}")
 
-    def take_verdict(self, now):
-        stands = "; ".join(str(watch) for watch in self.watches.values())
-        log.info(f"{max(0.0, self.end - now):.0f}s left: {stands}")
+    def take_signal(self, number, now):
+        if number != signal.SIGHUP:
+            self.status = 1
+            log.error(f"Gate: stopped by {number.name} before the instance was found healthy")
 
 
 # ---- Service commands ----------------------------------------------------------------------------
-# install, remove, start, stop, status: what an operator does with the systemd service. They are
-# processes of their own: of the daemon they know what systemd and its files say.
+# install, remove, start, stop, status: what an operator does with the systemd service. Each is a
+# process of its own: what it knows of the daemon, it knows from systemd and from files.
 
 SERVICE = "healthchecker"
 ORIGINAL = "ec2-local-healthchecker.service"  # the Go daemon's unit, and an alias of ours
 INSTALLED = "/usr/local/bin/ec2_local_healthchecker.py"
 UNIT_FILE = "/etc/systemd/system/healthchecker.service"
 ENVIRONMENT_FILE = "/etc/sysconfig/healthchecker"
-ERROR_LOG = "/var/log/ec2-local-healthchecker.err"
 STATUS_FILE = "/run/healthchecker/status.json"
 STATE_DIRECTORY = "/var/lib/healthchecker"
-MARK_FILE = f"{STATE_DIRECTORY}/marked"
-STATE = (
-    "MainPID,ActiveState,SubState,UnitFileState,NRestarts,"
-    "ActiveEnterTimestamp,InactiveEnterTimestamp"
-)
 UNIT = """\
 [Unit]
 Description=EC2 local health checker
@@ -1732,7 +1759,6 @@ EnvironmentFile=-/etc/sysconfig/healthchecker
 ExecStartPre=/usr/bin/python3 -I -c "import py_compile, sys; sys.exit(not py_compile.compile( \\
   '/usr/local/bin/ec2_local_healthchecker.py', '/run/healthchecker/ec2_local_healthchecker.pyc'))"
 ExecStart=/usr/bin/python3 -I /run/healthchecker/ec2_local_healthchecker.pyc $OPTIONS
-# A bad configuration fails the reload.
 ExecReload=/bin/sh -c 'exec /usr/bin/python3 -I /usr/local/bin/ec2_local_healthchecker.py \\
   -testconfig "$$@" >/dev/null' sh $OPTIONS
 ExecReload=/bin/kill -HUP $MAINPID
@@ -1743,14 +1769,13 @@ TimeoutStopSec=5
 StandardOutput=append:/var/log/ec2-local-healthchecker.log
 StandardError=append:/var/log/ec2-local-healthchecker.err
 RuntimeDirectory=healthchecker
-# Here it remembers, over a restart, that a mark of its own may stand.
 StateDirectory=healthchecker
-# The last process to die when memory runs out, for then it is needed; only its rehearsals may.
+# When memory runs out, the kernel ends it last: it is needed then. Its rehearsals go first.
 OOMScoreAdjust=-1000
 OOMPolicy=continue
+LimitNOFILE=65536
 # A core dump would hold credentials.
 LimitCORE=0
-
 # It needs the network and its configuration, and nothing else of the machine.
 DynamicUser=yes
 CapabilityBoundingSet=
@@ -1793,22 +1818,20 @@ class UsageError(Refusal):
     status = 2  # for a mistake on the command line
 
 
-def service_command(command):
-    """Carry out one -command; returns the exit status, or None for 0."""
-    if command != "status" and os.geteuid() != 0:
-        raise Refusal(f"-command {command} needs root: run it with sudo")
-    if not os.path.isdir("/run/systemd/system"):  # sd_booted(3)
-        raise Refusal("systemd does not run here: run this where it has booted the machine")
-    return COMMANDS[command]()
-
-
 def output_of(*command):
-    """What a command prints; Refusal with the last line of it if it fails."""
+    """What a command prints; Refusal with its last line if it fails."""
     done = run(command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT)
     text = done.stdout.decode("utf-8", "replace")
     if done.returncode:
-        raise Refusal(f"{' '.join(command[:2])}: {text.strip().split(chr(10))[-1]}")
+        lines = [line for line in text.split("\n") if line.strip() and not line.startswith("See ")]
+        raise Refusal(f"{' '.join(command[:2])}: {' '.join(lines[-1:])}")
     return text
+
+
+def properties():
+    """The properties of the service, as systemctl shows them."""
+    lines = output_of("systemctl", "show", "--all", SERVICE).splitlines()
+    return dict(line.partition("=")[::2] for line in lines)
 
 
 def install():
@@ -1829,23 +1852,17 @@ def install():
     output_of("systemctl", "daemon-reload")
     output_of("systemctl", "enable", SERVICE)
     say(f"{SERVICE} {__version__} is installed, and starts at every boot")
-    state = properties_of(SERVICE, "ActiveState")["ActiveState"]
-    next_step = f"systemctl {'start' if state == 'inactive' else 'restart'} {SERVICE}"
-    try:
-        load_config(DEFAULT_FILE)
-    except ConfigError as error:
-        next_step = f"mend {error}; then: {next_step}"
-    say(f"Next: {next_step}")
+    say(f"Next: write {DEFAULT_FILE} if it is not there; systemctl restart {SERVICE}")
 
 
 def require_own_unit():
     """Refusal with the cure if a unit of another program is in the way."""
     for unit in (ORIGINAL, f"{SERVICE}.service"):
-        path = properties_of(unit, "FragmentPath")["FragmentPath"]
+        path = f"/etc/systemd/system/{unit}"
         cure = f"systemctl disable --now {unit}; rm {path}; systemctl daemon-reload"
         if os.path.realpath(path) == os.devnull:
             cure = f"systemctl unmask {unit}"
-        if path and INSTALLED not in read_file(path):
+        if os.path.exists(path) and INSTALLED not in read_file(path):
             raise Refusal(f"{path} is masked, or another program's: run '{cure}', then try again")
 
 
@@ -1854,92 +1871,81 @@ def remove():
     import shutil
 
     require_own_unit()
-    tell_mark()
-    if os.path.lexists(UNIT_FILE):
-        output_of("systemctl", "disable", "--now", SERVICE)
+    replace_file(UNIT_FILE, UNIT, 0o644)  # if it was deleted by hand, systemd needs it once more
+    output_of("systemctl", "disable", "--now", SERVICE)
+    print_mark()
     shutil.rmtree(os.path.realpath(STATE_DIRECTORY), ignore_errors=True)
     for path in (UNIT_FILE, INSTALLED, STATE_DIRECTORY):  # the last is a link of a DynamicUser's
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             os.unlink(path)
     output_of("systemctl", "daemon-reload")
     say(f"{SERVICE} is removed; the configuration and the logs are still there")
 
 
-def tell_mark():
-    """Say so if a mark of this program may stand, where nobody is left to take it back."""
-    marked = read_file(MARK_FILE)
-    if marked:
-        say(HOW_TO_TAKE_BACK.format(printable(marked)))
-
-
-def start_service():
+def control(action):
+    """Have systemd start or stop the service."""
     try:
-        output_of("systemctl", "start", SERVICE)
+        output_of("systemctl", action, SERVICE)
     except Refusal as error:
-        raise Refusal(f"{error} -- {last_words()}") from None
+        raise Refusal(f"{error} {properties()['StatusText']}") from None
+    if action == "stop":
+        print_mark()
 
 
-def stop_service():
-    output_of("systemctl", "stop", SERVICE)
-    tell_mark()
-
-
-def last_words():
-    return f"the end of {ERROR_LOG}: " + output_of("tail", "-n", "1", ERROR_LOG).strip()
-
-
-def properties_of(unit, names):
-    """Some properties of a unit, as systemctl shows them."""
-    lines = output_of("systemctl", "show", unit, "--property=" + names).splitlines()
-    return dict(line.partition("=")[::2] for line in lines)
+def print_mark():
+    """Say so if a mark of this program may stand, where nobody is left to take it back."""
+    if marked := read_file(f"{STATE_DIRECTORY}/marked"):
+        say(how_to_take_back(marked))
 
 
 def print_status():
     """Print how the service and each check stand: 0 well, 3 not running, 4 could not mark."""
-    state = properties_of(SERVICE, STATE)
-    is_running, could_mark = state["MainPID"] not in ("", "0"), None
+    state = properties()
+    is_running = state["MainPID"] not in ("", "0")
     since = state["ActiveEnterTimestamp" if is_running else "InactiveEnterTimestamp"]
-    lines = [
-        f"{SERVICE}: {state['ActiveState']} ({state['SubState']}), since {since or 'ever'}, "
+    service = (
+        f"{SERVICE}: {state['ActiveState']} ({state['SubState']}){since and ' since ' + since}, "
         f"{state['UnitFileState'] or 'not installed'}, restarts: {state['NRestarts']}"
-    ]
-    if is_running:
-        try:
-            status = json.loads(read_file(STATUS_FILE))
-            could_mark = status["could_mark"]
-            lines = [status["summary"], *lines, *status_lines(status, time.monotonic())]
-        except Exception:
-            lines.append(f"{STATUS_FILE} is not there (yet), or not of this version")
-    elif state["ActiveState"] != "inactive":  # as it is once it was stopped on purpose
-        lines.append(last_words())
-    say("\n".join(lines))
-    if is_running:
-        return 4 if could_mark is False else 0
-    tell_mark()
-    return 3
+    )
+    if not is_running:
+        words = state["StatusText"]  # the last that the program said of itself, if anything
+        say(f"{service}\nits last words: {words}" if words else service)
+        if "set-instance-health" not in words:
+            print_mark()
+        return 3
+    try:
+        status = json.loads(read_file(STATUS_FILE))
+        say("\n".join(status_lines(status, service, monotonic())))
+    except Exception:
+        say(f"{service}\n{STATUS_FILE} is not there (yet), or not of this version")
+        return 0
+    return 4 if status["could_mark"] is False else 0
 
 
-def status_lines(status, now):
-    """Yields the lines for what status.json says; `now` is of the monotonic clock."""
-    checks, call = status["checks"], status["last_call"]
+def status_lines(status, service, now):
+    """Yields the lines for the content of status.json; `now` is of the monotonic clock."""
+    checks, call, age = status["checks"], status["last_call"], now - status["written"]
+    if age > 120:
+        yield f"{STATUS_FILE} is {age:.0f}s old: is /run full? Then, it said:"
+    yield status["summary"]
+    yield service
     width = max(map(len, ["CHECK", *checks]))
-    yield f"{'CHECK':{width}}  STATE    IN A ROW          ENDPOINT"
+    yield f"{'CHECK':{width}}  STATE    IN A ROW                ENDPOINT"
     for name, check in checks.items():
         result = "passed" if check["passed"] else "failed"
-        streak = f"{check['streak']} {result} of {check['threshold']}"
-        yield f"{name:{width}}  {check['state']:7}  {streak:16}  {check['endpoint']}"
+        streak = f"{result} {check['streak']} (threshold {check['threshold']})"
+        yield f"{name:{width}}  {check['state']:7}  {streak:22}  {check['endpoint']}"
         if check["reason"]:
             yield f"  last failure {now - check['failed_at']:.0f}s ago: {check['reason']}"
     if status["marked"]:
         yield "a mark of its own may stand"
     if call:
-        result = call["error"] or "it succeeded"
+        result = "it failed" if call["error"] else "it succeeded"
         yield f"last call: {call['status']}, {time.time() - call['time']:.0f}s ago: {result}"
 
 
-COMMANDS = dict(
-    install=install, remove=remove, start=start_service, stop=stop_service, status=print_status
-)
+COMMANDS = {"install": install, "remove": remove, "status": print_status}
+COMMANDS.update(start=partial(control, "start"), stop=partial(control, "stop"))
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -1951,41 +1957,37 @@ usage: ec2_local_healthchecker.py [OPTION]...
 Probe the services on this EC2 instance; when one keeps failing, mark the
 instance unhealthy in its Auto Scaling group, so that the group replaces it.
 
-  -healthcheckfile FILE      the configuration; - is standard input; without it,
+  -healthcheckfile FILE      the configuration; - is standard input; default
                              /etc/sysconfig/ec2-local-healthchecker.yml
   -testconfig                print the effective configuration as JSON
-  -rehearse                  try everything that a mark takes, but the call
+  -rehearse                  try all that a mark takes, and change nothing
   -foreground                a gate: probe, then exit 0 healthy or 1 not; no AWS
   -fg-exit-early-if-healthy  of the gate: 0 as soon as every check is healthy
-  -launchtime EPOCH          when the server was launched, seconds since 1970:
-                             the grace period counts from then
-  -dry-run                   log what would have been marked; no AWS, no boto3
+  -launchtime EPOCH          when the server was launched, in seconds since 1970
+  -dry-run                   log what would be marked; no AWS, no boto3
   -verbose                   also log every probe
   -command ACTION            install, remove, start or stop the systemd service,
                              or print its status and that of every check
-  -version, -h, -help        print the version, or this
+  -version, -h, -help        print the version, or this text
 
-Exit status: 0 done, or a daemon stopped by a signal; 1 not healthy, or stopped
-before it was (-foreground), a command or a rehearsal failed, or no boto3;
-2 a mistake on the command line or in the configuration; -command status:
-3 not running, 4 running, but a mark would not succeed."""
-OPTIONS = {"healthcheckfile": DEFAULT_FILE, "launchtime": "-1", "command": ""}  # and their defaults
+Exit status: 0 done, or a daemon stopped by a signal; 1 not healthy, or failed;
+2 a mistake in usage or configuration; -command status: 3 not running, 4 a mark
+would not succeed."""
+OPTION = re.compile("(?s)--?([^-=][^=]*)(?:=(.*))?|.*")
 SWITCHES = "testconfig rehearse foreground fg-exit-early-if-healthy dry-run verbose version h help"
-OPTIONS.update(dict.fromkeys(SWITCHES.split(), False))
+OPTIONS = dict.fromkeys(SWITCHES.split(), False)  # all of them, with their defaults
+OPTIONS.update(healthcheckfile=DEFAULT_FILE, launchtime="-1", command="")
 
 
-def parse_command_line(arguments) -> dict:
+def parse_command_line(arguments):
     """The value of every option; UsageError for the first mistake."""
     options, rest = dict(OPTIONS), list(arguments)
     while rest and rest != ["--"]:
         argument = rest.pop(0)
-        match = re.fullmatch("--?([^-=][^=]*)(?:=(.*))?", argument, re.DOTALL)
-        name, value = match.groups() if match else ("", None)
-        if argument in COMMANDS:
-            raise UsageError(f"{argument} is no option: write -command {argument}")
+        name, value = OPTION.fullmatch(argument).groups()
         if name not in OPTIONS:
             advice = nearest(argument, [f"-{option}" for option in OPTIONS])
-            raise UsageError(f"{quoted(argument)} is no option (-h lists them): {advice}")
+            raise UsageError(f"{quoted(argument)} is not an option (-h lists them): {advice}")
         if OPTIONS[name] is False:
             value = True if value is None else BOOLEANS.get(value.lower())
         elif value is None and rest:
@@ -1997,7 +1999,7 @@ def parse_command_line(arguments) -> dict:
 
 
 def check_options(options):
-    """UsageError if these do not go together."""
+    """UsageError if these do not go together, Refusal if they need root."""
     command = options["command"]
     if command and (command not in COMMANDS or options != {**OPTIONS, "command": command}):
         advice = f"and goes alone: the options of the service are in {ENVIRONMENT_FILE}"
@@ -2006,20 +2008,33 @@ def check_options(options):
         raise UsageError("-fg-exit-early-if-healthy goes with -foreground: it is for a gate")
     if not re.fullmatch("-1|[0-9]{1,15}", options["launchtime"]):
         raise UsageError("-launchtime takes seconds since 1970, like $(date +%s)")
+    if command not in ("", "status") and os.geteuid() != 0:
+        raise Refusal(f"-command {command} needs root: run it with sudo")
+    if options["foreground"] and os.getenv("WATCHDOG_PID") == str(os.getpid()):
+        raise UsageError(f"-foreground is not for a service: remove it from {ENVIRONMENT_FILE}")
 
 
 def main(argv=None) -> int:
     """Run the program with these arguments, or the process's own; returns the exit status."""
+    if None in (sys.stdin, sys.stdout, sys.stderr):  # or a socket would get the number of one
+        while os.open(os.devnull, os.O_RDWR) < 2:
+            pass
     systemd = Systemd()
     try:
         return dispatch(parse_command_line(sys.argv[1:] if argv is None else argv), systemd) or 0
     except Exception as error:
-        is_mistake = hasattr(error, "status")  # or a fault of this program
-        line = str(error) if is_mistake else named(error)
-        systemd.journal(logging.ERROR, line)
+        line = str(error) if hasattr(error, "status") else describe(error)
+        systemd.journal(ERROR, line)
         systemd.notify(f"STATUS={line}")
-        say(line if isinstance(error, ConfigError) else f"{PROGRAM}: {line}", file=sys.stderr)
-        return error.status if is_mistake else 1
+        complain(systemd, "ERROR", line if isinstance(error, ConfigError) else f"{PROGRAM}: {line}")
+        return getattr(error, "status", 1)  # without one, it is a fault of this program
+
+
+def complain(systemd, level, line):
+    """Write a line to stderr; with time and level if systemd started this: stderr is its log."""
+    if systemd.is_parent:
+        line = FORMATTER.format(logging.makeLogRecord({"levelname": level, "msg": line}))
+    say(line, file=sys.stderr)
 
 
 def dispatch(options, systemd):
@@ -2028,54 +2043,54 @@ def dispatch(options, systemd):
         return say(f"{PROGRAM} {__version__}" if options["version"] else SYNOPSIS)
     check_options(options)
     if options["command"]:
-        return service_command(options["command"])
+        if not os.path.isdir("/run/systemd/system"):  # sd_booted(3)
+            raise Refusal("systemd does not run here: run this where it has booted the machine")
+        return COMMANDS[options["command"]]()
     warnings.simplefilter("ignore")  # boto3's remarks on old Pythons are not for the log
     if options["rehearse"]:
-        prepare_botocore()
-        line = rehearse()
-        say(line)
-        return int(line.startswith(NOT_READY))
+        prepare_environment()
+        instance, why_not = rehearse()
+        say(why_not or READY(instance))
+        return int(bool(why_not))
     config = load_config(options["healthcheckfile"])
     if options["testconfig"]:
         for warning in config.warnings:
-            say(warning, file=sys.stderr)
+            complain(systemd, "WARNING", warning)
         return say(json.dumps(config.as_dict(), indent=2))
     return run_service(options, config, systemd)
 
 
 def run_service(options, config, systemd):
-    """Be the daemon, or the gate, until it is time to end; returns the exit status."""
+    """Run the daemon or the gate until it is time to end; returns the exit status."""
     is_gate, is_dry_run = options["foreground"], options["dry-run"]
     if not is_gate and not is_dry_run and not importlib.util.find_spec("boto3"):
         raise Refusal(f"boto3 is not installed: {INSTALL_BOTO3}")
-    prepare_botocore()
     signals, wakeup = socket.socketpair()
     wakeup.setblocking(False)
     signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
     for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
-        signal.signal(number, lambda *_: None)
-    state = "" if is_gate or is_dry_run else os.environ.get("STATE_DIRECTORY")
-    writer = Writer(systemd, f"{state}/marked" if state else "")
-    log.setLevel(logging.DEBUG if options["verbose"] else logging.INFO)
-    threading.excepthook = lambda args: log.error(f"A thread ended: {named(args.exc_value)}")
-    now, age = time.monotonic(), time.time() - int(options["launchtime"])
-    grace = grace_left(config.graceperiod, age if options["launchtime"] != "-1" else 0.0)
-    log.info(f"{PROGRAM} {__version__}, grace period: {grace:g}s")
+        signal.signal(number, lambda *_: None)  # its number goes to `wakeup`
+    state = os.getenv("STATE_DIRECTORY")
+    writer = Writer(systemd, "" if is_gate or is_dry_run or not state else f"{state}/marked")
+    log.setLevel(DEBUG if options["verbose"] else INFO)
+    threading.excepthook = lambda args: log.error(f"A thread ended: {describe(args.exc_value)}")
+    now, launched = monotonic(), int(options["launchtime"])
+    grace = grace_left(config.graceperiod, time.time() - launched if launched >= 0 else 0.0)
+    mode = f", {DRY_RUN}" if is_dry_run else ""
+    log.info(f"{PROGRAM} {__version__}{mode}, grace period: {grace:g}s")
     if is_gate:
-        watcher = Gate(config, now, now + grace, options["fg-exit-early-if-healthy"])
+        monitor = Gate(config, now, now + grace, signals, options["fg-exit-early-if-healthy"])
     else:
-        marked = read_file(writer.mark_file)
+        prepare_environment()
         isolation = ["-I"] if sys.flags.isolated else []
         # Not what was compiled, which an upgrade of Python can make unreadable.
         command = [sys.executable, *isolation, main.__code__.co_filename, "-rehearse"]
-        rehearsal = None if is_dry_run else Rehearsal(command)
-        marker = Marker(config, rehearsal, writer, marked)
+        rehearsal = Rehearsal([] if is_dry_run else command)
+        marker = Marker(config, rehearsal, writer, read_file(writer.mark_file))
         marker.start()
-        watcher = Daemon(config, now, now + grace, marker, writer, systemd)
-        watcher.path = options["healthcheckfile"]
-        watcher.directory = os.environ.get("RUNTIME_DIRECTORY", "")
-    watcher.signals = signals
-    status = watcher.run()
+        path = options["healthcheckfile"]
+        monitor = Daemon(config, path, now, now + grace, signals, marker, writer, systemd)
+    status = monitor.run()
     writer.finish()
     return status
 

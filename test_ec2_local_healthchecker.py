@@ -16,7 +16,6 @@ import ast
 import collections
 import contextlib
 import datetime
-import email.utils
 import errno
 import fractions
 import hashlib
@@ -40,19 +39,21 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import types
+import urllib.parse
 
 import hypothesis
 import pytest
 import trustme
 import yaml
-from hypothesis import stateful
-from hypothesis import strategies as st
+from hypothesis import stateful, strategies as st
 from hypothesis.stateful import initialize, rule
 
 import ec2_local_healthchecker as hc
 
 HERE = pathlib.Path(hc.__file__).resolve().parent
 PROGRAM = HERE / "ec2_local_healthchecker.py"
+README = (HERE / "README.md").read_text()
 PATIENCE = 60  # seconds: more than any machine needs
 # Seconds: less than anything that it must not wait for, and more than a starved machine needs.
 PROMPTLY = pytest.approx(0, abs=15)
@@ -61,6 +62,19 @@ hypothesis.settings.register_profile(
     "laws", max_examples=EXAMPLES, deadline=None, derandomize=True, database=None
 )
 hypothesis.settings.load_profile("laws")
+
+
+# ---- Doubles -------------------------------------------------------------------------------------
+
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+PORTS = itertools.cycle(range(10000 + 1000 * WORKER, 11000 + 1000 * WORKER))
+OK = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+LO, IP, SITE = "localhost", "127.0.0.1", "www.example.com"
+AUTHORITY = trustme.CA()
+DEAD = {"endpoint": "http://127.0.0.1:1/", "frequency": "100ms", "threshold": "3"}  # nobody listens
+STOPPED = (0, PROMPTLY)
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z "
+CAPTURED = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
 def wait_until(condition, what="the condition"):
@@ -72,14 +86,6 @@ def wait_until(condition, what="the condition"):
             return value
         time.sleep(0.01)
     raise AssertionError(f"waited {PATIENCE}s in vain for {what}")
-
-
-WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-PORTS = itertools.cycle(range(10000 + 1000 * WORKER, 11000 + 1000 * WORKER))
-
-
-def gaps(times):
-    return [time - times[n] for n, time in enumerate(times[1:])]
 
 
 def in_namespace(script):
@@ -100,6 +106,753 @@ def free_port():
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(("127.0.0.1", port))
             return port
+
+
+class Service:
+    """A real service from Debian on loopback, that can be killed and started again."""
+
+    def __init__(self, command, port):
+        self.command, self.port = command, port
+        self.start()
+        wait_until(lambda: listens(port), command[0])
+
+    def start(self):
+        # A session of its own, so that a signal reaches its workers too.
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(self.command, start_new_session=True, **silent)
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def nginx(tmp_path, request):
+    """nginx with a page of 1 MiB, on its port `secure` with TLS, and its log of errors."""
+    (tmp_path / "page").write_bytes(b"x" * 2**20)
+    AUTHORITY.issue_cert(IP).private_key_and_cert_chain_pem.write_to_path(f"{tmp_path}/cert.pem")
+    port, secure = free_port(), free_port()
+    (tmp_path / "nginx.conf").write_text(f"""
+        user root; daemon off; pid pid; error_log error.log info; events {{}}
+        http {{ server {{
+            listen 127.0.0.1:{port} sndbuf=4k; listen 127.0.0.1:{secure} ssl sndbuf=4k;
+            ssl_certificate cert.pem; ssl_certificate_key cert.pem;
+            access_log off; root {tmp_path};
+        }} }}""")
+    command = ["nginx", "-p", str(tmp_path), "-c", "nginx.conf", "-e", "error.log"]
+    service = Service(command, port)
+    service.secure, service.log = secure, tmp_path / "error.log"
+    yield service
+    service.kill()
+
+
+def redirect(location, status=302):
+    return f"HTTP/1.1 {status} Moved\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n"
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """A service on loopback. It reads each request and sends the next of these answers, the last
+    one again and again; or it has `talk(connection)` with each client."""
+
+    request_queue_size = 64
+
+    def __init__(self, *answers, talk=None, host="127.0.0.1", tls=None):
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, 0), None)
+        self.port = self.server_address[1]
+        self.answers, self.talk, self.tls = collections.deque(answers), talk or self.answer, tls
+        self.requests, self.names, self.errors = [], [], []
+        if tls:
+            tls.sni_callback = lambda sock, name, context: self.names.append(name)
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
+
+    def finish_request(self, client, address):
+        client.settimeout(PATIENCE)
+        if self.tls:
+            client = self.tls.wrap_socket(client, True, suppress_ragged_eofs=False)
+        with client:
+            self.talk(client)
+
+    def handle_error(self, client, address):
+        self.errors.append(sys.exc_info()[1])
+
+    def answer(self, connection):
+        self.requests.append(connection.recv(4096).decode("latin-1"))
+        answer = self.answers.popleft() if len(self.answers) > 1 else self.answers[0]
+        connection.sendall(answer.encode("latin-1"))
+
+    def stop(self):
+        self.shutdown()
+        self.server_close()  # when every client has been served
+
+
+def sending(*data, drip=b"", pause=0.0):
+    """A talk that reads a request, sends this, then drip after drip, and waits for the end."""
+
+    def talk(connection):
+        connection.recv(4096)
+        time.sleep(pause)
+        connection.sendall(b"".join(data))
+        end = time.monotonic() + PATIENCE
+        while drip and time.monotonic() < end:
+            connection.sendall(drip)
+            time.sleep(0.02)
+        connection.recv(1)
+
+    return talk
+
+
+@pytest.fixture
+def serve(request):
+    """Starts servers, which end with the test."""
+
+    def start(*answers, **options):
+        server = Server(*answers, **options)
+        request.addfinalizer(server.stop)
+        return server
+
+    return start
+
+
+@pytest.fixture
+def trusted(tmp_path, monkeypatch):
+    """Has AUTHORITY trusted."""
+    AUTHORITY.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+
+
+def certified(*names, authority=AUTHORITY, **options):
+    """The context of a server that has a certificate with these names."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.certificate = authority.issue_cert(*names, **options)
+    context.certificate.configure_cert(context)
+    return context
+
+
+@pytest.fixture
+def resolve(monkeypatch):
+    """Has every name resolve to these addresses (host, port)."""
+
+    def resolve_to(*addresses):
+        families = {False: socket.AF_INET, True: socket.AF_INET6}
+        rows = [(families[":" in to[0]], 1, 6, "", to) for to in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: list(rows))
+
+    return resolve_to
+
+
+@pytest.fixture
+def deaf(request):
+    """Starts listeners whose queues are full: they answer no more than a dead machine would."""
+
+    def start(*address):
+        for sock in [socket.create_server(address, backlog=0), *(socket.socket() for _ in "123")]:
+            request.addfinalizer(sock.close)
+            sock.setblocking(False)
+            sock.connect_ex(address)  # the listener refuses that
+        return address
+
+    return start
+
+
+def configured(text):
+    return hc.Config.from_text(text, "f.yml")
+
+
+def check_of(lines):
+    return configured("checks:\n  web:\n" + textwrap.indent(lines, "    ")).checks[0]
+
+
+def http_check(server, lines="", host="127.0.0.1", path="/", scheme="http", timeout="40s"):
+    port = getattr(server, "port", server)
+    return check_of(f"endpoint: '{scheme}://{host}:{port}{path}'\ntimeout: {timeout}\n" + lines)
+
+
+def tcp_check(endpoint, timeout="40s"):
+    return check_of(f"type: tcp\nendpoint: '{endpoint}'\ntimeout: {timeout}\n")
+
+
+def yaml_of(checks, **top):
+    rows = [f"{key}: {value}" for key, value in top.items()] + ["checks:"]
+    for name, keys in checks.items():
+        rows += [f"  {name}:"] + [f"    {key}: '{value}'" for key, value in keys.items()]
+    return "\n".join(rows) + "\n"
+
+
+class Double(http.server.BaseHTTPRequestHandler):
+    """What the doubles of AWS share: each request goes to the `owner`, which may have a `fault`.
+
+    A fault is called with each request first, and may answer it (then it returns true), delay it
+    or break it.
+    """
+
+    owner = None
+
+    @classmethod
+    def serve(cls, owner):
+        handler = type("Handler", (cls,), {"owner": owner})
+        owner.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        owner.server.daemon_threads, owner.fault = True, None
+        owner.url = f"http://127.0.0.1:{owner.server.server_port}"
+        threading.Thread(target=owner.server.serve_forever, args=[0.05], daemon=True).start()
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, text, status=200, **fields):
+        self.send_response(status)
+        for name, value in {**fields, "Content-Length": len(text)}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(text.encode())
+        return True
+
+    def refuse(self, status, code, text):
+        kind = "Sender" if status < 500 else "Receiver"
+        error = f"<Error><Type>{kind}</Type><Code>{code}</Code><Message>{text}</Message></Error>"
+        namespace = "http://autoscaling.amazonaws.com/doc/2011-01-01/"
+        body = f'<ErrorResponse xmlns="{namespace}">{error}<RequestId>r</RequestId></ErrorResponse>'
+        return self.answer(body, status, Content_Type="text/xml", x_amzn_RequestId="r")
+
+
+class Metadata:
+    """Instance metadata (IMDSv2) on loopback; `items` may be changed at any time."""
+
+    STATE, ROLE = "autoscaling/target-lifecycle-state", "iam/security-credentials/"
+
+    def __init__(self, instance="i-0123456789abcdef0"):
+        credentials = {"Code": "Success", "AccessKeyId": "A", "SecretAccessKey": "S", "Token": "T"}
+        end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=6)
+        credentials["Expiration"] = end.strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.items = {"instance-id": instance, "placement/region": "eu-west-1"}
+        self.items.update({self.STATE: "InService", self.ROLE: "role"})
+        self.items[self.ROLE + "role"] = json.dumps(credentials)
+        self.requests = []
+        MetadataHandler.serve(self)
+
+
+class MetadataHandler(Double):
+    def do_GET(self):
+        self.owner.requests.append((self.command, self.path))
+        if self.owner.fault and self.owner.fault(self):
+            return
+        if self.command == "PUT" and self.path == "/latest/api/token":
+            ttl = int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"])
+            self.answer("TOKEN==", 200 if 1 <= ttl <= 21600 else 400)
+        elif self.headers.get("X-aws-ec2-metadata-token") != "TOKEN==":
+            self.answer("", 401)
+        else:
+            text = self.owner.items.get(self.path.replace("/latest/meta-data/", "", 1))
+            self.answer(text or "Not Found", 404 if text is None else 200)
+
+    do_PUT = do_GET
+
+
+class Gateway:
+    """Auto Scaling's API as the program sees it: a recorder that answers as AWS does.
+
+    Calls that AWS accepts go on to moto; without moto, each is just accepted.
+    """
+
+    def __init__(self, moto):
+        self.moto = moto
+        self.calls, self.rehearsals = [], []  # (time, HealthStatus), times
+        self.busy, self.most_at_once = set(), 0
+        self.clock = 0  # seconds that it is ahead
+        GatewayHandler.serve(self)
+
+    def marks(self, status="Unhealthy"):
+        return [when for when, wanted in list(self.calls) if wanted == status]
+
+
+class GatewayHandler(Double):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        fields, gateway = dict(urllib.parse.parse_qsl(body)), self.owner
+        assert fields["Action"] == "SetInstanceHealth"
+        if fields["HealthStatus"] == "Rehearsal":
+            gateway.rehearsals.append(time.monotonic())
+        else:
+            gateway.calls.append((time.monotonic(), fields["HealthStatus"]))
+        gateway.busy.add(self)
+        gateway.most_at_once = max(gateway.most_at_once, len(gateway.busy))
+        try:
+            if not gateway.fault or not gateway.fault(self):
+                self.answer_as_aws(body, fields, gateway.moto)
+        finally:
+            gateway.busy.discard(self)
+
+    def answer_as_aws(self, body, fields, moto):
+        credential = re.search(r"Credential=(\w+)/\d+/([\w-]+)/", self.headers["Authorization"])
+        key, region = credential.groups()
+        made = datetime.datetime.strptime(self.headers["X-Amz-Date"] + "+0000", "%Y%m%dT%H%M%SZ%z")
+        if key != "A":
+            return self.refuse(403, "InvalidClientTokenId", "The security token is invalid.")
+        if self.headers["X-Amz-Security-Token"] == "EXPIRED":
+            return self.refuse(403, "ExpiredToken", "The security token is expired")
+        if abs(made.timestamp() - time.time() - self.owner.clock) > 300:
+            return self.refuse(403, "SignatureDoesNotMatch", "Signature expired: it is now earlier")
+        if moto and (region != "eu-west-1" or fields["InstanceId"] not in moto.instances()):
+            return self.refuse(400, "ValidationError", "No managed instance found for instance ID")
+        if fields["HealthStatus"] not in ("Healthy", "Unhealthy"):
+            text = "Valid instance health states are: [Healthy, Unhealthy]."
+            return self.refuse(400, "ValidationError", text)
+        if not moto:
+            return self.answer("<a/>", x_amzn_RequestId="r")
+        return self.forward(body, moto.url)
+
+    def forward(self, body, url):
+        upstream = http.client.HTTPConnection(url.split("//")[1], timeout=PATIENCE)
+        with contextlib.closing(upstream):
+            upstream.request("POST", self.path, body, dict(self.headers))
+            response = upstream.getresponse()
+            text = response.read().decode()
+            self.owner.busy.discard(self)  # before the next call can come
+            fields = {"Content_Type": response.getheader("Content-Type"), "x_amzn_RequestId": "r"}
+            self.answer(text, response.status, **fields)
+
+
+MARKED = '<SetInstanceHealthResponse xmlns="http://autoscaling.amazonaws.com/doc/2011-01-01/"/>'
+MARKED = f"x-amzn-RequestId: r\r\nContent-Length: {len(MARKED)}\r\n\r\n{MARKED}"
+MARKED = OK.replace("Content-Length: 2\r\n\r\nok", MARKED)
+
+
+class Moto:
+    """moto's server as Auto Scaling, with a group of two instances."""
+
+    def __init__(self, folder):
+        import boto3
+
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        with open(folder / "moto.log", "w") as output:
+            self.server = subprocess.Popen(command, stdout=output, stderr=output)
+        wait_until(lambda: self.server.poll() is not None or listens(port), "moto")
+        options = {"region_name": "eu-west-1", "endpoint_url": self.url}
+        options.update(aws_access_key_id="A", aws_secret_access_key="S")
+        self.api, ec2 = boto3.client("autoscaling", **options), boto3.client("ec2", **options)
+        config = {"LaunchConfigurationName": "config", "InstanceType": "t3.nano"}
+        config["ImageId"] = ec2.describe_images()["Images"][0]["ImageId"]
+        self.api.create_launch_configuration(**config)
+        group = {"AutoScalingGroupName": "group", "LaunchConfigurationName": "config"}
+        group.update(MinSize=0, MaxSize=9, DesiredCapacity=2, AvailabilityZones=["eu-west-1a"])
+        self.api.create_auto_scaling_group(**group)
+
+    def instances(self):
+        groups = self.api.describe_auto_scaling_groups()["AutoScalingGroups"]
+        return {row["InstanceId"]: row["HealthStatus"] for row in groups[0]["Instances"]}
+
+    def stop(self):
+        self.server.terminate()
+        self.server.wait()
+
+
+class Cloud:
+    """What an instance has around it: metadata, Auto Scaling, and an id in the group."""
+
+    def __init__(self, moto=None):
+        self.moto, self.instance = moto, "i-0123456789abcdef0"
+        if moto:
+            self.instance, _ = moto.instances()
+            moto.api.set_instance_health(InstanceId=self.instance, HealthStatus="Healthy")
+        self.metadata, self.gateway = Metadata(self.instance), Gateway(moto)
+        self.env = {
+            "AWS_EC2_METADATA_SERVICE_ENDPOINT": f"{self.metadata.url}/",  # (for old botocore)
+            "AWS_ENDPOINT_URL_AUTO_SCALING": self.gateway.url,
+            "AWS_METADATA_SERVICE_TIMEOUT": "20",  # the double shares a starved machine
+        }
+
+    def health(self):
+        return self.moto.instances()[self.instance]
+
+    def stop(self):
+        for double in (self.metadata, self.gateway):
+            double.server.shutdown()
+            double.server.server_close()
+        wait_until(lambda: not self.gateway.busy, "the last call, which may change the next test")
+
+
+@pytest.fixture(scope="session")
+def moto(tmp_path_factory):
+    moto = Moto(tmp_path_factory.mktemp("moto"))
+    yield moto
+    moto.stop()
+
+
+@pytest.fixture
+def cloud(moto):
+    cloud = Cloud(moto)
+    yield cloud
+    cloud.stop()
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    for name in ("INSTANCE_ID", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    double = Metadata()
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", f"{double.url}/")
+    yield double
+    double.server.shutdown()
+    double.server.server_close()
+
+
+class Answer(Exception):
+    """An error as botocore raises it for an answer of AWS, or of a proxy."""
+
+    operation_name = "SetInstanceHealth"
+
+    def __init__(self, code, text, status=400, headers=("x-amzn-requestid",)):
+        call = "when calling the SetInstanceHealth operation"
+        super().__init__(f"An error occurred ({code}) {call}: {text}")
+        metadata = {"HTTPStatusCode": status, "HTTPHeaders": dict.fromkeys(headers, "r")}
+        self.response = {"Error": {"Code": code}, "ResponseMetadata": metadata}
+
+
+@contextlib.contextmanager
+def service_manager(tmp_path, is_abstract=False):
+    """A notify socket as systemd has one; yields (environment, messages with their times)."""
+    messages, address = [], f"{'@' if is_abstract else ''}{tmp_path}/notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address.replace("@", "\0"))
+
+        def listen():
+            with contextlib.suppress(OSError):
+                while True:
+                    messages.append((time.monotonic(), manager.recv(65536).decode()))
+
+        threading.Thread(target=listen, daemon=True).start()
+        yield {"NOTIFY_SOCKET": address}, messages
+        manager.shutdown(socket.SHUT_RDWR)
+
+
+class Recorder:
+    """Stands for a Systemd or a Writer where only what they are told matters."""
+
+    def __init__(self):
+        self.said, self.mark = [], None
+        self.thread = threading.current_thread()  # (alive)
+
+    def remember(self, mark):
+        self.mark = mark
+
+    def notify(self, *lines):
+        self.said += lines
+
+    def journal(self, level, text):
+        self.said.append((level, text))
+
+
+@contextlib.contextmanager
+def writer(systemd=None, mark_file=""):
+    """A Writer whose descriptors are pipes; yields it and what can be read from them."""
+    before, hc.log.propagate = list(hc.log.handlers), False
+    writer = hc.Writer(systemd or Recorder(), mark_file)
+    try:
+        yield writer
+    finally:
+        hc.log.handlers[:], hc.log.propagate = before, True
+
+
+def full_pipe():
+    """The ends of a pipe to which no byte can be written."""
+    reader, end = os.pipe()
+    os.set_blocking(end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(end, b"x" * 4096)
+    os.set_blocking(end, True)
+    return reader, end
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """What is logged: (level name, line)."""
+    lines = []
+    hc.log.setLevel("INFO")
+
+    def handle(record):
+        lines.append((record.levelname, record.getMessage()))
+
+    monkeypatch.setattr(hc.log, "handle", handle)
+    return lines
+
+
+def texts(logged, level=""):
+    return [text for name, text in logged if level in name]
+
+
+SIMPLE = """\
+graceperiod: 0
+frequency: 10s
+checks:
+  web:
+    endpoint: http://localhost/
+    frequency: 1s
+    threshold: 3
+"""
+
+
+class FakeLoop:
+    """A check loop that the test plays."""
+
+    def __init__(self, check, inbox, due):
+        self.check, self.due, self.probing, self.alive = check, due, None, True
+        self.finished, self.starts = threading.Event(), itertools.count(1.0)
+
+    def start(self):
+        self.started = True
+
+    def is_alive(self):
+        return self.alive
+
+    def cancel(self):
+        self.alive = False
+        self.finished.set()
+
+
+class FakeRehearsal:
+    """A rehearsal that the test plays: what one would say is in `why_not`; None: it goes on."""
+
+    def __init__(self):
+        self.command, self.child, self.due, self.why_not = ["-rehearse"], None, 0.0, ""
+        self.starts = []
+
+    def start(self, now):
+        assert not self.child and now >= self.due
+        self.child = "under way"
+        self.starts.append(now)
+
+    def poll(self, now):
+        if self.child and self.why_not is not None:
+            self.child, self.due = None, now + (60.0 if self.why_not else 86400.0)
+            return self.why_not
+        return None
+
+    def kill(self):
+        self.child = None
+
+
+class World:
+    """What lies outside: metadata and Auto Scaling, as the marker sees them."""
+
+    meta = types.SimpleNamespace(endpoint_url="https://aws.example")
+
+    def __init__(self):
+        self.instance = hc.Instance("InService", "i-1", "eu-west-1")
+        self.is_readable, self.clients, self.group, self.forgotten = True, 0, "Healthy", 0
+        self.fate = None  # what a call raises, if it does
+        self.before_call = None  # what happens while the credentials are fetched
+        self.calls = []  # (status, whether it came to be)
+
+    def read_metadata(self, before):
+        return self.instance if self.is_readable else before._replace(unread="timed out")
+
+    def autoscaling(self, instance, is_broken):
+        self.clients += 1
+        self.forgotten += is_broken
+        if self.before_call:
+            self.before_call()
+        if isinstance(self.fate, ImportError):
+            raise self.fate
+        return self
+
+    def set_instance_health(self, InstanceId, HealthStatus):
+        metadata = getattr(self.fate, "response", {"ResponseMetadata": {"HTTPStatusCode": 599}})
+        acted = not self.fate or 500 <= metadata["ResponseMetadata"]["HTTPStatusCode"]
+        self.calls.append((HealthStatus, acted))
+        if acted:
+            self.group = HealthStatus
+        if self.fate:
+            raise self.fate
+        return {"ResponseMetadata": {"HTTPHeaders": {"x-amzn-requestid": "r"}}}
+
+
+class Rig:
+    """A daemon (or a gate) and its marker: the test plays their threads, and moves their clock."""
+
+    def __init__(
+        self, text=SIMPLE, gate=None, marked="", instance=None, start=5.0, is_idle=False,
+        dry_run=False,
+    ):  # fmt: skip
+        self.patch = pytest.MonkeyPatch()
+        self.world, self.loops, self.now = World(), [], start
+        self.world.instance = instance or self.world.instance
+        self.patch.setattr(hc, "CheckLoop", self.new_loop)
+        self.patch.setattr(hc, "read_metadata", self.world.read_metadata)
+        self.patch.setattr(hc, "autoscaling", self.world.autoscaling)
+        self.patch.setattr(hc.gc, "collect", lambda: 0)  # it takes long in a process full of tests
+        self.config = configured(text)
+        self.systemd, self.writer = Recorder(), Recorder()
+        self.rehearsal = FakeRehearsal()
+        self.rehearsal.command = [] if dry_run else self.rehearsal.command
+        self.marker = hc.Marker(self.config, self.rehearsal, self.writer, marked)
+        self.marker.is_alive, self.marker.clock = lambda: True, lambda: self.now
+        grace_end = self.now + self.config.graceperiod
+        if gate is not None:
+            self.main = hc.Gate(self.config, self.now, grace_end, None, gate == "early")
+        else:
+            things = (None, self.marker, self.writer, self.systemd)
+            self.main = hc.Daemon(self.config, "-", self.now, grace_end, *things)
+        self.is_gate, self.inbox = gate is not None, self.main.inbox
+        if not is_idle:
+            self.step()
+
+    def new_loop(self, check, inbox, due):
+        self.loops.append(FakeLoop(check, inbox, due))
+        return self.loops[-1]
+
+    def status(self, now=None):
+        """What status.json says."""
+        now = now or self.now
+        return self.main.as_dict(now, self.main.why_not(now))
+
+    def loop(self, name="web"):
+        return self.main.records[name].loop
+
+    def step(self, seconds=0.0):
+        """Let time pass: main and the marker step as they do, every second or sooner."""
+        end = self.now + seconds
+        while True:
+            wake = self.main.step(self.now)
+            if not self.is_gate:
+                wake = min(wake, self.marker.step(self.now))
+                self.main.step(self.now)
+            if self.now >= end or self.main.status is not None:
+                return
+            self.now = min(end, max(self.now + 0.001, min(wake, self.now + hc.POLL_INTERVAL)))
+
+    def probe(self, results, name="web", seconds=1.0):
+        """One result after another (p passes, f fails, x is spoiled), `seconds` apart."""
+        for result in results:
+            loop, passed = self.loop(name), {"p": True, "f": False, "x": None}[result]
+            self.inbox.append((loop, next(loop.starts), passed, "" if passed else "refused"))
+            self.step(seconds)
+
+
+@pytest.fixture
+def rig():
+    """Makes rigs, and takes back what they patch."""
+    rigs = []
+
+    def make(*arguments, **options):
+        rigs.append(Rig(*arguments, **options))
+        return rigs[-1]
+
+    yield make
+    for each in reversed(rigs):
+        each.patch.undo()
+
+
+def reloaded(rig, text, tmp_path):
+    rig.main.path = str(tmp_path / "f.yml")
+    (tmp_path / "f.yml").write_text(text)
+    rig.inbox.append(signal.SIGHUP)
+    rig.main.try_step(rig.now)
+
+
+def text_of(top, checks):
+    """A configuration from lines at its top and lines for each check."""
+    lines = [*top, "checks:"]
+    for name, keys in checks.items():
+        lines += [f"  {name}:", "    endpoint: http://localhost/", *(f"    {key}" for key in keys)]
+    return "\n".join(lines)
+
+
+class Program:
+    """The program running, with what it wrote so far."""
+
+    def __init__(self, *arguments, stdin="", env=None, prefix=(), flags=(), program=PROGRAM):
+        command = [*prefix, sys.executable, *flags, str(program), *arguments]
+        env = {"PATH": os.environ["PATH"], **(env or {})}
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        options = {"text": True, "env": env, "start_new_session": True}
+        self.process = subprocess.Popen(command, **pipes, **options)
+        self.process.stdin.write(stdin)
+        self.process.stdin.close()
+        self.out, self.err = [], []
+        pairs = (self.process.stdout, self.out), (self.process.stderr, self.err)
+        self.readers = [threading.Thread(target=self.read, args=pair) for pair in pairs]
+        for reader in self.readers:
+            reader.start()
+
+    def read(self, stream, lines):
+        for line in stream:
+            lines.append(line.rstrip("\n"))
+
+    @property
+    def lines(self):
+        return self.out + self.err
+
+    def count(self, pattern):
+        return sum(bool(re.search(pattern, line)) for line in self.lines)
+
+    def wait_for(self, pattern, count=1):
+        """The `count`th line that contains `pattern`, as soon as it is there."""
+
+        def found():
+            assert self.count(pattern) >= count or self.process.poll() is None, self.lines
+            return [line for line in self.lines if re.search(pattern, line)][count - 1 : count]
+
+        return wait_until(found, pattern)[0]
+
+    def more(self, pattern, count):
+        """Wait for `count` more lines."""
+        self.wait_for(pattern, self.count(pattern) + count)
+
+    def wait(self):
+        status = self.process.wait(PATIENCE)
+        for reader in self.readers:
+            reader.join(PATIENCE)
+        return status
+
+    def stop(self, number=signal.SIGTERM):
+        """End it by a signal; returns the exit status and the seconds that it took."""
+        start = time.monotonic()
+        self.process.send_signal(number)
+        return self.wait(), time.monotonic() - start
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        # (The interpreter speaks for itself when it dies of a lack of memory.)
+        crashes = (-signal.SIGSEGV, -signal.SIGABRT)
+        assert "Traceback" not in "\n".join(self.lines) or self.process.returncode in crashes
+
+
+def run(*arguments, **options):
+    with Program(*arguments, **options) as program:
+        program.wait()
+    return program
+
+
+def sick(cloud, *arguments, checks=None, top=None, env=None, **options):
+    """The program where the service is dead (or with these checks), with times scaled down."""
+    top = {"graceperiod": "0", "frequency": "300ms", **(top or {})}
+    text = yaml_of(checks or {"web": DEAD}, **top)
+    env = {**cloud.env, **(env or {})}
+    return Program("-healthcheckfile=-", "-verbose", *arguments, stdin=text, env=env, **options)
+
+
+@pytest.fixture
+def passing_at_first(serve):
+    """A service that passes: its check, and what makes it fail from then on."""
+    server = serve(OK)
+    web = {**DEAD, "endpoint": f"http://127.0.0.1:{server.port}/", "timeout": "20s"}
+    return web, lambda: server.answers.extend(["HTTP/1.1 500 No\r\n\r\n"] * 2)
+
+
+def marked(cloud):
+    return wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
+
+
+def limit(program, *options):
+    subprocess.run(["prlimit", "--pid", str(program.process.pid), *options], check=True)
 
 
 # ---- Deciding ------------------------------------------------------------------------------------
@@ -130,20 +883,57 @@ def test_the_verdict_is_a_function_of_the_states(states, verdict):
     assert hc.verdict_of(STATES[letter] for letter in states) == verdict
 
 
-@pytest.mark.parametrize("verdict, marked, recovery, wanted", [
-    ("unhealthy", False, True, "Unhealthy"), ("unhealthy", True, False, "Unhealthy"),
-    ("healthy", True, True, "Healthy"), ("healthy", True, False, None),
-    ("healthy", False, True, None), ("undecided", True, True, None),
-    ("undecided", False, True, None),
+LIFECYCLES = ["InService", None, "Standby", "Warmed:Running", "Terminated", "Detached", ""]
+SITUATIONS = itertools.product(
+    ["healthy", "unhealthy", "undecided"], [True, False], [True, False], ["", "no id"], LIFECYCLES,
+    [0.0, 99.9, 100.0, 100.1], [100.0],
+)  # fmt: skip
+
+
+def test_every_combination_of_what_a_call_depends_on_keeps_rules_1_and_2():
+    for situation in SITUATIONS:
+        verdict, recovery, may_stand, problem, lifecycle, grace_end, now = situation
+        call, hold = hc.decide(*situation)
+        is_made = call is not None and not hold
+        may_be_replaced = lifecycle in ("InService", None) and grace_end <= now
+        # Rule 1: no call hurts an instance that is not unhealthy, is out of service, has just come
+        # back, or is not this one.
+        if is_made and call == "Unhealthy":
+            assert verdict == "unhealthy" and may_be_replaced and not problem
+        # A call saves an instance only from our own mark.
+        if is_made and call == "Healthy":
+            assert verdict == "healthy" and may_stand and recovery and not problem
+        # Rule 2: nothing else keeps a call back, and what does is said.
+        if verdict == "unhealthy" and may_be_replaced and not problem:
+            assert is_made and call == "Unhealthy"
+        if verdict == "healthy" and may_stand and recovery and not problem:
+            assert is_made and call == "Healthy"
+        if verdict == "unhealthy":
+            assert call == "Unhealthy" and bool(hold) == (not is_made)
+            is_said = is_made or problem or "lifecycle" in hold or "grace" in hold
+            assert is_said and problem in hold
+        if verdict == "undecided":
+            assert (call, hold) == (None, "")
+
+
+@pytest.mark.parametrize("readings, end", [
+    # (verdict, lifecycle state, when a grace period would end that starts with this reading)
+    ([("unhealthy", "InService", 1)], 0), ([("unhealthy", None, 1)], 0),
+    ([("unhealthy", "Standby", 1), ("unhealthy", "InService", 2)], 2),
+    ([("unhealthy", "Standby", 1), ("unhealthy", None, 2), ("unhealthy", "InService", 3)], 2),
+    ([("unhealthy", "Standby", 1), ("undecided", "Pending", 2), ("undecided", "InService", 3)], 3),
+    ([("undecided", "Standby", 1), ("unhealthy", "InService", 2)], 0),
+    ([("healthy", "Standby", 1), ("unhealthy", "InService", 2)], 0),
+    ([("unhealthy", "Standby", 1), ("healthy", "Standby", 2), ("unhealthy", "InService", 3)], 0),
+    ([("unhealthy", "Standby", 1), ("unhealthy", "InService", 2), ("unhealthy", "Standby", 3),
+      ("unhealthy", "InService", 4)], 4),
+    ([("unhealthy", "Standby", 1), ("unhealthy", "InService", 2), ("healthy", "InService", 3)], 0),
 ])  # fmt: skip
-def test_what_is_wanted_of_the_group(verdict, marked, recovery, wanted):
-    assert hc.wanted_mark(verdict, marked, recovery) == wanted
-
-
-@pytest.mark.parametrize("state", ["Standby", "Detached", "Terminated", "Warmed:Running", ""])
-def test_only_in_service_or_no_state_at_all_permits_a_call(state):
-    assert not hc.lifecycle_permits(state)
-    assert hc.lifecycle_permits("InService") and hc.lifecycle_permits(None)
+def test_a_grace_period_follows_a_hold_until_a_verdict_is_healthy(readings, end):
+    hold = hc.Hold()
+    for reading in readings:
+        hold = hold.after(*reading)
+    assert hold.grace_end == end
 
 
 @pytest.mark.parametrize("frequency, failed, seconds", [
@@ -194,16 +984,16 @@ def test_durations_have_the_values_of_go(text, seconds):
 
 
 @pytest.mark.parametrize("said, texts", [
-    ("is no duration: write numbers with units, like 10s or 1h30m", [
+    ("is not a duration: write numbers with units, like 10s or 1h30m", [
         "", "-", "s", ".", "-.", ".s", "+.s", "1d", "1w", "1S", "1 s", " 1s", "1s ", "1s\n", "one",
         "1e3s", "0x1s", "--1s", "+-1s", "1,5s", "1..5s", "1.5.5s", "١s", "1٠s", "1sm", "NaN", "inf",
         "\x85\x85", "\xffff", "1.5", "-3"]),
-    ("is no duration: write 5s", ["5"]), ("is no duration: write 300s", ["300"]),
+    ("is not a duration: write 5s", ["5"]), ("is not a duration: write 300s", ["300"]),
     ("is too long: write at most 24h", [
         "24h1ns", "-24h1ns", "25h", "39h9m14.425s", "9223372036854775807ns", "3000000h",
         "9" * 10000 + "s", "1" * 5000 + "." + "1" * 5000 + "h"]),
 ])  # fmt: skip
-def test_what_is_no_duration_or_over_a_day_is_refused(said, texts):
+def test_what_is_not_a_duration_or_is_over_a_day_is_refused(said, texts):
     for text in texts:
         error = str(pytest.raises(hc.ConfigError, hc.parse_duration, text).value)
         assert said in error and error.isprintable() and len(error) < 200
@@ -346,15 +1136,16 @@ REFUSED = {  # by the name of what their last line has
     "a character U+0085": ["a: b\nc: \x85"], "a character U+2028": ["a: b\u2028"],
     "a character U+0000": ["# \0"], "U+D800": ["a: \ud800"], "U+007F": ["a: \x7f"],
     "a character U+FFFD: remove it, or save the file as UTF-8": ["a: \ufffd"],
-    "not ended by its line: write it on one line (tools that fold lines have a width to set)": [
-        "a: 'b", 'a: "b', 'a: "b \\', "a: 'b' c", "'a' b: c", "a: 'b'#c"],
-    "if it is a value, write it on one line (tools that fold lines have a width": ["a: b\n  c"],
+    "quotes that do not end on this line: write it on one line (tools that fold": [
+        "a: 'b", "a: 'b' c", "'a' b: c", "a: 'b'#c"],
+    "or an unknown escape in them: write it on one line": [
+        'a: "b', 'a: "b \\', 'a: "\\q"', 'a: "\\ud800"', 'a: "\\U00110000"', 'a: "\\x4"'],
+    "if it is a value, write it on one line (tools that fold lines have a sett": ["a: b\n  c"],
     "the indentation fits no key": [
         "a: b\n  c: d", "a:\n    b: c\n  d: e", "a:\n    b:\n  c: d", "  a: b\nc: d", "  a:\nb: c"],
     "': ' in a value": ["a: b: c", "a: b:", "k" * 1025 + ": v"],
     "write 'key: value', with a space after the colon": ["a", "a:b", "a: b\nc d"],
-    "'a' is on line 1 already: keep one": ["a: b\nc: d\na: e", 'a: b\n"\\x61": c', "a: b\n'a': "],
-    "an escape that is none": ['a: "\\q"', 'a: "\\ud800"', 'a: "\\U00110000"', 'a: "\\x4"'],
+    "'a' is already on line 1: keep one": ["a: b\nc: d\na: e", 'a: b\n"\\x61": c', "a: b\n'a': "],
     "empty: write at least 'checks:'": ["", "# nothing", "---", "..."],
 }  # fmt: skip
 
@@ -411,14 +1202,6 @@ WEB = ENDPOINT + "http://localhost/\n"
 TCP = "checks:\n  web:\n    type: tcp\n    endpoint: localhost:80\n"
 
 
-def configured(text):
-    return hc.Config.from_text(text, "f.yml")
-
-
-def check_of(lines):
-    return configured("checks:\n  web:\n" + textwrap.indent(lines, "    ")).checks[0]
-
-
 def test_what_is_left_out_has_the_defaults_of_the_contract():
     config = configured(WEB)
     check = dict(type="http", endpoint="http://localhost:80/", timeout=1, threshold=3, frequency=10)
@@ -464,7 +1247,7 @@ def test_values(key, text, value):
 
 @pytest.mark.parametrize("host, warns", [
     ("localhost", False), ("LOCALHOST", False), ("127.0.0.1", False), ("127.1.2.3", False),
-    ("127.1", False), ("[::1]", False), (socket.gethostname(), False), ("", False),
+    ("127.1", False), ("[::1]", False), ("", False),
     ("10.0.0.1", True), ("[fe80::1]", True), ("db.internal", True), ("localhost.evil", True),
 ])  # fmt: skip
 def test_an_endpoint_that_may_be_of_another_machine_gets_one_warning(host, warns):
@@ -481,20 +1264,21 @@ MISTAKES = [  # what is said, of which line, after which beginning, of each of t
         "", " web", "\nweb:\n  endpoint: http://localhost/"]),
     ("web: a check has keys, indented below its name: write at least endpoint", 2, "", [
         "checks:\n  web:", "checks:\n  web: x", "checks:\n  web:\n  type:\n    endpoint: :1"]),
-    ("this is a key of a check: indent it below the name of its check", 3, "checks:\n  web:\n", [
-        "  type: tcp\n  endpoint: :1", "  endpoint: http://a/", "  timeout: 5s\n  type:\n    a: b"]),
+    (": a key of a check: indent it below the name of its check", 3, "checks:\n  web:\n", [
+        "  type: tcp\n  endpoint: :1", "  endpoint: :1", "  timeout: 5s\n  type:\n    a: b"]),
     (": a check has keys, indented", 2, "checks:\n  ", [
         "'':\n    a: b", '"a\\nb":\n    a: b', "' ': b"]),
     ("web: a check has an endpoint: write one below it", 2, "", ["checks:\n  web:\n    type: tcp"]),
     ("unknown key: did you mean recovery?", 1, "", ["recover: true", "Recovery: true"]),
     ("unknown key: write one of graceperiod, frequency, recovery, checks", 1, "", [
         "zzz: 10s", "max_unhealthy: 40%", "timeout: 1s", "threashold: 3"]),
-    ("port: unknown key: write one of type, endpoint, timeout", 4, WEB, ["    port: 80"]),
+    ("endpont: unknown key: did you mean endpoint?", 3, "checks:\n  web:\n", ["    endpont: :1"]),
     ("graceperiod: ", 1, "graceperiod:", ["", " ''", "\n  a: b"]),
     ("' is too long: write at most 24h", 1, "", ["graceperiod: 25h", "frequency: 24h1ns"]),
+    ("graceperiod: '-1s' is not valid: write 0 or a duration", 1, "", ["graceperiod: -1s"]),
     ("' is not valid: write a duration of more than 0, like 10s", 1, "", [
-        "graceperiod: -1s", "frequency: 0", "frequency: 0s", "frequency: -1s", "frequency: -0"]),
-    ("timeout: '5' is no duration: write 5s", 4, WEB, ["    timeout: 5"]),
+        "frequency: 0", "frequency: 0s", "frequency: -1s", "frequency: -0"]),
+    ("timeout: '5' is not a duration: write 5s", 4, WEB, ["    timeout: 5"]),
     ("' is not valid: write true or false", 1, "recovery: ", ["maybe", "2", "''"]),
     (" is not valid: write 1 to 999999", 4, WEB + "    threshold: ", [
         "0", "03", "3.0", "1_0", "1000000", "-1", "٣", "''", "\n      a: b"]),
@@ -504,7 +1288,7 @@ MISTAKES = [  # what is said, of which line, after which beginning, of each of t
     ("http://a:80/?*** is a URL: write 'type: http'", 4, "checks:\n  web:\n    type: tcp\n", [
         "    endpoint: http://a/?s3cr"]),
     ("localhost:11211 is host:port: write 'type: tcp' beside it", 3, ENDPOINT, ["localhost:11211"]),
-    ("' is not valid: write codes of 200 to 599, like 200,204 or 200-299", 4, WEB + "    status: ", [
+    ("' is not valid: write codes of 200 to 599, like 200,204", 4, WEB + "    status: ", [
         "2xx", "103", "299-200", "'200,'", "600", "-299", "101-200", "20", "''", "200-204-299"]),
     (" is for http", 5, TCP + "    ", ["status: 200", "tls_verify: on", "headers:\n      A: b"]),
     ("status: status is for http", 3, "checks:\n  web:\n", [
@@ -520,7 +1304,7 @@ MISTAKES = [  # what is said, of which line, after which beginning, of each of t
     ("' is not an endpoint: write a URL, like http://localhost:80/, or host:port", 3, ENDPOINT, [
         "http:/a", "ftp://a/", "http:///", "http://a:0/", "http://a:65536/", "a:80/",
         "http://a:x-y/", "http://[::g]/", "http://[1:2]/", "http://[::1", "http://./",
-        "http://a..b/", "'http://a/a b?s3cr'", '"http://a/\\r\\nX: y"', "http://a/é", "http://é/", "a:0",
+        "http://a..b/", "'http://a/a b?s3cr'", '"http://a/\\r\\nX: y"', "http://é/", "a:0",
         "http://10.0.0.300/", f"http://{'a' * 64}/", f"http://a:{'1' * 5000}/", "a:80?a", "a:80#8",
         "tcp://a:80", "'::1:80'", "a:no-such-service", "http://a../", "'a:'", "'a:-1'", "a", "''"]),
     ("endpoint: a user or password in a URL: write an Authorization header", 3, ENDPOINT, [
@@ -548,132 +1332,25 @@ def test_any_text_is_a_configuration_or_one_line_about_it(text):
         assert config.checks and json.dumps(config.as_dict()) and str(config.warnings).isprintable()
 
 
-@pytest.mark.parametrize("content, said", [
-    (None, "cannot be read (No such file or directory): write it, or name another with -health"),
-    (PermissionError(errno.EACCES, "Permission denied"), "readable for all"),
-    (b"a: b\nc: \xff\n", "2: a character U+FFFD: remove it, or save the file as UTF-8"),
+@pytest.mark.parametrize("path, content, said", [
+    ("f.yml", FileNotFoundError(2, "No such file"), "(No such file): write it (not to /tmp: the s"),
+    ("f.yml", PermissionError(13, "Permission denied"), "make file and folders readable for all"),
+    ("/home/x/f.yml", PermissionError(13, "x"), "move it to /etc: the service cannot see /home"),
+    ("/root/f.yml", PermissionError(13, "x"), "move it to /etc: the service cannot see /home"),
+    ("/run/credentials/x/f.yml", FileNotFoundError(2, "x"), "set LoadCredential= and restart: a"),
+    ("f.yml", b"a: b\nc: \xff\n", "2: a character U+FFFD: remove it, or save the file as UTF-8"),
 ])  # fmt: skip
-def test_a_file_that_cannot_be_read_is_one_line_about_it(tmp_path, monkeypatch, content, said):
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, path, content, said):
     monkeypatch.chdir(tmp_path)
     if isinstance(content, bytes):
         pathlib.Path("f.yml").write_bytes(content)
-    elif content:
+    else:
         monkeypatch.setattr("builtins.open", lambda *_, **__: (_ for _ in ()).throw(content))
-    with pytest.raises(hc.ConfigError, match="^f.yml:[ -~]*" + re.escape(said)):
-        hc.load_config("f.yml")
+    with pytest.raises(hc.ConfigError, match=f"^{path}:[ -~]*" + re.escape(said)):
+        hc.load_config(path)
 
 
 # ---- Probes --------------------------------------------------------------------------------------
-
-OK = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
-LO, IP, SITE = "localhost", "127.0.0.1", "www.example.com"
-AUTHORITY = trustme.CA()
-
-
-def redirect(location, status=302):
-    return f"HTTP/1.1 {status} Moved\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n"
-
-
-class Server(socketserver.ThreadingTCPServer):
-    """A service on loopback. It reads each request and sends the next of these answers, the last
-    one again and again; or it has `talk(connection)` with each client."""
-
-    request_queue_size = 64
-
-    def __init__(self, *answers, talk=None, host="127.0.0.1", tls=None):
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, 0), None)
-        self.port = self.server_address[1]
-        self.answers, self.talk, self.tls = collections.deque(answers), talk or self.answer, tls
-        self.requests, self.names, self.errors = [], [], []
-        if tls:
-            tls.sni_callback = lambda sock, name, context: self.names.append(name)
-        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
-
-    def finish_request(self, client, address):
-        client.settimeout(PATIENCE)
-        if self.tls:
-            client = self.tls.wrap_socket(client, True, suppress_ragged_eofs=False)
-        with client:
-            self.talk(client)
-
-    def handle_error(self, client, address):
-        self.errors.append(sys.exc_info()[1])
-
-    def answer(self, connection):
-        self.requests.append(connection.recv(4096).decode("latin-1"))
-        answer = self.answers.popleft() if len(self.answers) > 1 else self.answers[0]
-        connection.sendall(answer.encode("latin-1"))
-
-    def stop(self):
-        self.shutdown()
-        self.server_close()  # when every client has been served
-
-
-def sending(*data, drip=b"", pause=0.0):
-    """A talk that reads a request, sends this, then drip after drip, and waits for the end."""
-
-    def talk(connection):
-        connection.recv(4096)
-        time.sleep(pause)
-        connection.sendall(b"".join(data))
-        end = time.monotonic() + PATIENCE
-        while drip and time.monotonic() < end:
-            connection.sendall(drip)
-            time.sleep(0.02)
-        connection.recv(1)
-
-    return talk
-
-
-@pytest.fixture
-def serve(request):
-    """Starts servers, which end with the test."""
-
-    def start(*answers, **options):
-        server = Server(*answers, **options)
-        request.addfinalizer(server.stop)
-        return server
-
-    return start
-
-
-@pytest.fixture
-def trusted(tmp_path, monkeypatch):
-    """Has AUTHORITY trusted."""
-    AUTHORITY.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
-
-
-def certified(*names, authority=AUTHORITY, **options):
-    """The context of a server that has a certificate with these names."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.certificate = authority.issue_cert(*names, **options)
-    context.certificate.configure_cert(context)
-    return context
-
-
-@pytest.fixture
-def resolve(monkeypatch):
-    """Has every name resolve to these addresses (host, port), of this family if one is given."""
-
-    def resolve_to(*addresses, family=None):
-        rows = [
-            (family or (socket.AF_INET6 if ":" in to[0] else socket.AF_INET), 1, 6, "", to)
-            for to in addresses
-        ]
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: list(rows))
-
-    return resolve_to
-
-
-def http_check(server, lines="", host="127.0.0.1", path="/", scheme="http", timeout="40s"):
-    port = getattr(server, "port", server)
-    return check_of(f"endpoint: '{scheme}://{host}:{port}{path}'\ntimeout: {timeout}\n" + lines)
-
-
-def tcp_check(endpoint, timeout="40s"):
-    return check_of(f"type: tcp\nendpoint: '{endpoint}'\ntimeout: {timeout}\n")
 
 
 def probe(check):
@@ -698,7 +1375,7 @@ def test_a_request_says_what_the_contract_says(serve):
     assert {f"Host: 127.0.0.1:{server.port}", "Connection: close", "Accept: */*"} < set(first)
     assert f"User-Agent: ec2-local-healthchecker/{hc.__version__}" in first
     assert {"Host: www.example.com", "User-Agent: mine", "Accept: a/b", "X-A: b"} < set(second)
-    assert len(re.findall("(?im)^(host|user-agent|accept):", server.requests[1])) == 3
+    assert len(re.findall("(?im)^(host|user-agent|accept.*):", server.requests[1])) == 3
 
 
 @pytest.mark.parametrize("url, host", [
@@ -759,6 +1436,7 @@ def test_where_a_location_leads(serve, location, line):
 def test_a_redirect_to_nonsense_on_this_machine_is_a_failure(serve, location):
     reason = failure_of(http_check(serve(redirect(location))))
     assert "redirected to '" in reason and "s3cr" not in reason
+    assert "s3cr" not in failure_of(http_check(serve("HTTP/1.1 500 /?s3cr\r\n\r\n")))
 
 
 @pytest.mark.parametrize("location, shown", [
@@ -767,7 +1445,7 @@ def test_a_redirect_to_nonsense_on_this_machine_is_a_failure(serve, location):
     ("http://u:s3cr@elsewhere/", "http://***@elsewhere/"), ("ftp://a..b/", "ftp://a..b/"),
     ("http://localhost.evil/", "http://localhost.evil/"), ("http://[::2]/", "http://[::2]/"),
     (f"http://{socket.gethostname()}/", f"http://{socket.gethostname()}/"),
-    ("http://\xe9\x9b b/" + "y" * 1000, "http://%E9%9B%20b/yyy"), (f"https://{SITE}/", f"https://{SITE}/"),
+    ("http://\xe9\x9b b/" + "y" * 1000, "http://%E9%9B%20b/yyy"), (f"//{SITE}", f"http://{SITE}"),
 ])  # fmt: skip
 def test_a_redirect_to_another_host_passes_with_a_remark(serve, location, shown):
     first = serve(redirect(location, 308))
@@ -882,14 +1560,9 @@ def test_an_answer_counts_though_the_request_could_not_be_sent(serve, monkeypatc
                 time.sleep(0.001)
         send(sock, *arguments)
 
-    check = http_check(server)
-    probe(check)
     monkeypatch.setattr(hc, "send_request", send_late)
     for _ in range(50):
-        probe(check)
-    server.answers = ["HTTP/1.1 200"]
-    server.talk = server.answer
-    assert "ended within the head" in failure_of(check)
+        probe(http_check(server))
 
 
 @pytest.mark.parametrize("scheme, talk", [
@@ -909,8 +1582,7 @@ def test_no_server_gets_more_time_than_the_timeout(serve, scheme, talk):
 
 
 def in_pieces(size, frame):
-    """A talk that redirects to /done, and both answers have a body of this size. What the probe
-    did to the service shows as an error of the server."""
+    """A talk that answers in pieces. What the probe did to it shows as an error of the server."""
     pieces = [b"x" * min(6000, size - start) for start in range(0, size, 6000)]
     field = f"Content-Length: {size}\r\n" if frame == "length" else ""
     if frame == "chunked":
@@ -919,9 +1591,8 @@ def in_pieces(size, frame):
 
     def talk(connection):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        is_first = connection.recv(4096).startswith(b"GET / ")
-        status = "302 Found\r\nLocation: /done" if is_first else "200 OK"
-        for piece in [f"HTTP/1.1 {status}\r\n{field}\r\n".encode(), *pieces]:
+        connection.recv(4096)
+        for piece in [f"HTTP/1.1 200 OK\r\n{field}\r\n".encode(), *pieces]:
             connection.sendall(piece)
             time.sleep(0.001)
         if frame == "end":
@@ -945,62 +1616,6 @@ def test_a_service_that_writes_in_pieces_sees_no_error(serve, trusted, size, fra
     assert server.errors == []
 
 
-def test_http_server_of_python_sees_no_error(tmp_path, monkeypatch):
-    (tmp_path / "page").write_bytes(b"x" * 200_000)
-    monkeypatch.chdir(tmp_path)
-    errors, handler = [], http.server.SimpleHTTPRequestHandler
-    monkeypatch.setattr(handler, "log_request", lambda *_: None)
-    monkeypatch.setattr(handler, "log_error", lambda *args: errors.append(args))
-    with http.server.ThreadingHTTPServer((IP, 0), handler) as server:
-        server.daemon_threads = False  # so that server_close() waits for them
-        server.handle_error = lambda *_: errors.append(sys.exc_info()[1])
-        # What the client does not read cannot be sent.
-        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        for _ in range(100):
-            probe(http_check(server.server_port, path="/page"))
-        server.shutdown()
-    assert errors == []
-
-
-class Service:
-    """A real service from Debian on loopback, that can be killed and started again."""
-
-    def __init__(self, command, port):
-        self.command, self.port = command, port
-        self.start()
-        wait_until(lambda: listens(port), command[0])
-
-    def start(self):
-        # A session of its own, so that a signal reaches its workers too.
-        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(self.command, start_new_session=True, **silent)
-
-    def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-@pytest.fixture
-def nginx(tmp_path, request):
-    """nginx with a page of 1 MiB, on its port `secure` with TLS, and its log of errors."""
-    (tmp_path / "page").write_bytes(b"x" * 2**20)
-    AUTHORITY.issue_cert(IP).private_key_and_cert_chain_pem.write_to_path(f"{tmp_path}/cert.pem")
-    port, secure = free_port(), free_port()
-    (tmp_path / "nginx.conf").write_text(f"""
-        user root; daemon off; pid pid; error_log error.log info; events {{}}
-        http {{ server {{
-            listen 127.0.0.1:{port} sndbuf=4k; listen 127.0.0.1:{secure} ssl sndbuf=4k;
-            ssl_certificate cert.pem; ssl_certificate_key cert.pem;
-            access_log off; root {tmp_path};
-        }} }}""")
-    command = ["nginx", "-p", str(tmp_path), "-c", "nginx.conf", "-e", "error.log"]
-    service = Service(command, port)
-    service.secure, service.log = secure, tmp_path / "error.log"
-    yield service
-    service.kill()
-
-
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_nginx_sees_no_error(nginx, trusted, scheme):
     tls, port = hc.Tls(), nginx.port if scheme == "http" else nginx.secure
@@ -1014,11 +1629,9 @@ def test_nginx_sees_no_error(nginx, trusted, scheme):
 @pytest.mark.parametrize("frame", ["Content-Length: 1048576", "Transfer-Encoding: chunked"])
 def test_a_large_page_does_not_take_memory(serve, frame):
     chunks = b"10000\r\n%b\r\n" % bytes(2**16) if "chunked" in frame else bytes(2**16)
-    server = serve(talk=sending(f"HTTP/1.1 200 OK\r\n{frame}\r\n\r\n".encode(), *[chunks] * 16))
-    probe(http_check(server, timeout="3s"))
-    tracemalloc.start()
-    server.talk = lambda connection: [connection.sendall(part) for part in answer]
     answer = [f"HTTP/1.1 200 OK\r\n{frame}\r\n\r\n".encode(), *[chunks] * 16]
+    server = serve(talk=lambda connection: [connection.sendall(part) for part in answer])
+    tracemalloc.start()
     probe(http_check(server))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -1041,34 +1654,6 @@ def test_an_endless_body_passes_after_1_mib_or_half_the_time(serve, timeout, sec
     assert seconds[0] < time.monotonic() - start < seconds[1]
 
 
-def test_tcp_passes_when_something_listens_and_fails_when_nothing_does(serve):
-    server = serve(talk=sending())
-    check = tcp_check(f"127.0.0.1:{server.port}")
-    probe(check)
-    server.stop()
-    reason = f"127.0.0.1 port {server.port}: Connection refused"
-    assert failure_of(check) == reason and not server.errors
-
-
-def test_an_unknown_host_is_a_failure_of_the_service():
-    reason = failure_of(tcp_check("no.such.host.invalid:80"))
-    assert reason.startswith("cannot resolve no.such.host.invalid: ")
-
-
-@pytest.fixture
-def deaf(request):
-    """Starts listeners whose queues are full: they answer no more than a dead machine would."""
-
-    def start(*address):
-        for sock in [socket.create_server(address, backlog=0), *(socket.socket() for _ in "123")]:
-            request.addfinalizer(sock.close)
-            sock.setblocking(False)
-            sock.connect_ex(address)  # the listener refuses that
-        return address
-
-    return start
-
-
 def test_addresses_get_an_even_share_of_the_time_each_and_every_reason_is_told(deaf, resolve):
     port = free_port()
     addresses = [deaf(f"127.0.0.{number}", port) for number in range(1, 5)]
@@ -1081,15 +1666,6 @@ def test_addresses_get_an_even_share_of_the_time_each_and_every_reason_is_told(d
     assert [float(share) for _, _, share in told] == pytest.approx([1] * 4, abs=0.4)
 
 
-def test_a_first_address_that_swallows_everything_leaves_the_second_its_share(serve, deaf, resolve):
-    server = serve(OK)
-    resolve(deaf("127.0.0.2", server.port), ("127.0.0.1", server.port))
-    for _ in range(100):  # the machine may be busy
-        with contextlib.suppress(hc.ProbeFailure):
-            return probe(http_check(server, host="many", timeout="100ms"))
-    pytest.fail("the second address is not tried in time")
-
-
 @pytest.mark.parametrize("served", ["127.0.0.1", "::1"])
 @pytest.mark.parametrize("first, second", [("127.0.0.1", "::1"), ("::1", "127.0.0.1")])
 def test_localhost_passes_where_one_address_is_served(serve, resolve, served, first, second):
@@ -1097,17 +1673,6 @@ def test_localhost_passes_where_one_address_is_served(serve, resolve, served, fi
     resolve((first, server.port), (second, server.port))
     probe(http_check(server, host="localhost"))
     probe(tcp_check(f"localhost:{server.port}"))
-
-
-@pytest.mark.parametrize("family, text", [
-    (None, "Connection refused"), (999, "Address family not supported by protocol"),
-])  # fmt: skip
-def test_where_no_address_is_served_every_reason_is_told(serve, resolve, family, text):
-    server = serve(OK)
-    server.stop()
-    resolve(("127.0.0.1", server.port), ("::1", server.port), family=family)
-    reasons = [f"{host} port {server.port}: {text}" for host in ("127.0.0.1", "::1")]
-    assert failure_of(http_check(server, host="localhost")) == "; ".join(reasons)
 
 
 def test_ipv6_addresses_keep_their_brackets_in_host_after_a_redirect_too(serve):
@@ -1165,14 +1730,7 @@ def test_the_handshake_offers_http_1_1(serve, trusted):
     assert offered == ["http/1.1"]
 
 
-def test_https_to_a_port_that_speaks_plain_http_says_so(serve, nginx):
-    plain = serve(talk=lambda connection: connection.sendall(connection.recv(9) and OK.encode()))
-    for port in (plain.port, nginx.port):
-        reason = failure_of(http_check(port, scheme="https"))
-        assert reason == "the answer is not TLS: write http:// or another port"
-
-
-def test_authorities_are_read_anew_after_a_refused_certificate(serve, tmp_path, monkeypatch):
+def test_authorities_are_read_again_after_a_refused_certificate(serve, tmp_path, monkeypatch):
     late = tmp_path / "late.pem"  # not there yet
     monkeypatch.setenv("SSL_CERT_FILE", str(late))
     check, tls = http_check(serve(OK, tls=certified(IP)), scheme="https"), hc.Tls()
@@ -1207,9 +1765,7 @@ def test_a_certificate_that_only_python_3_13_refuses_passes(serve, tmp_path, mon
 @pytest.mark.parametrize("anchor, name, passes", [
     ("issuer", IP, True), ("leaf", IP, True), ("leaf", SITE, False), ("stranger", IP, False),
 ])  # fmt: skip
-def test_any_certificate_in_the_store_is_an_anchor(
-    serve, tmp_path, monkeypatch, anchor, name, passes
-):
+def test_what_is_in_the_store_is_an_anchor(serve, tmp_path, monkeypatch, anchor, name, passes):
     issuer = AUTHORITY.create_child_ca()
     tls = certified(name, authority=issuer)
     leaf = tls.certificate.cert_chain_pems[0]
@@ -1235,7 +1791,7 @@ def test_no_proxy_is_ever_used(serve, trusted, monkeypatch):
     (socket, "socket", OSError(errno.EAFNOSUPPORT, "x"), False),
     *[(owner, name, OSError(number, "x"), None)
       for owner, name in [(socket, "socket"), (socket, "getaddrinfo"), (socket.socket, "connect"),
-                          (hc, "read_head")]
+                          (hc, "send_request"), (hc, "read_head")]
       for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)],
     (socket, "socket", OSError(errno.EPERM, "x"), None),
     (socket, "getaddrinfo", socket.gaierror(socket.EAI_MEMORY, "x"), None),
@@ -1249,7 +1805,7 @@ def test_only_what_the_service_did_is_evidence(serve, monkeypatch, owner, name, 
 
     loop = hc.CheckLoop(http_check(serve(OK)), collections.deque(), 0.0)
     monkeypatch.setattr(owner, name, fail)
-    seen, reason = loop.attempt(1)
+    seen, reason = loop.attempt()
     monkeypatch.undo()
     assert seen is passed and re.fullmatch("[ -~]{1,200}", reason)
 
@@ -1257,7 +1813,7 @@ def test_only_what_the_service_did_is_evidence(serve, monkeypatch, owner, name, 
 def test_a_failure_counts_where_dev_null_is_not_what_it_should_be(monkeypatch):
     monkeypatch.setattr(os, "devnull", "/not/there")
     loop = hc.CheckLoop(tcp_check("127.0.0.1:1"), collections.deque(), 0.0)
-    assert loop.attempt(1) == (False, "127.0.0.1 port 1: Connection refused")
+    assert loop.attempt() == (False, "127.0.0.1 port 1: Connection refused")
 
 
 def test_a_kernel_without_ipv6_skips_its_addresses(serve, resolve, monkeypatch):
@@ -1281,7 +1837,7 @@ checks = hc.Config.from_text(sys.argv[1], "").checks
 loops = [hc.CheckLoop(check, collections.deque(), 0.0) for check in checks]
 for descriptors in [100, *range(3, 13)]:  # at first also for what is imported late
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, 100))
-    print(*[loop.attempt(1)[0] for loop in loops], flush=True)
+    print(*[loop.attempt()[0] for loop in loops], flush=True)
 """
 
 
@@ -1305,234 +1861,50 @@ def test_own_lack_of_descriptors_is_no_evidence(serve, trusted):
 
 # ---- Marking -------------------------------------------------------------------------------------
 
-
-class Double(http.server.BaseHTTPRequestHandler):
-    """What the doubles of AWS share: each request goes to the `owner`, which may have a `fault`.
-
-    A fault is called with each request first, and may answer it (then it returns true), delay it
-    or break it.
-    """
-
-    owner = None
-
-    @classmethod
-    def serve(cls, owner):
-        handler = type("Handler", (cls,), {"owner": owner})
-        owner.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        owner.server.daemon_threads, owner.fault = True, None
-        owner.url = f"http://127.0.0.1:{owner.server.server_port}"
-        threading.Thread(target=owner.server.serve_forever, args=[0.05], daemon=True).start()
-
-    def log_message(self, *args):
-        pass
-
-    def answer(self, text, status=200, **fields):
-        self.send_response(status)
-        for name, value in {**fields, "Content-Length": len(text)}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(text.encode())
-        return True
-
-    def refuse(self, status, code, text):
-        kind = "Sender" if status < 500 else "Receiver"
-        error = f"<Error><Type>{kind}</Type><Code>{code}</Code><Message>{text}</Message></Error>"
-        namespace = "http://autoscaling.amazonaws.com/doc/2011-01-01/"
-        body = f'<ErrorResponse xmlns="{namespace}">{error}<RequestId>r</RequestId></ErrorResponse>'
-        return self.answer(body, status, Content_Type="text/xml", x_amzn_RequestId="r")
-
-
-class Metadata:
-    """Instance metadata (IMDSv2) on loopback; `items` may be changed at any time."""
-
-    STATE, ROLE = "autoscaling/target-lifecycle-state", "iam/security-credentials/"
-
-    def __init__(self, instance="i-0123456789abcdef0"):
-        credentials = {"Code": "Success", "AccessKeyId": "A", "SecretAccessKey": "S", "Token": "T"}
-        end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=6)
-        credentials["Expiration"] = end.strftime("%Y-%m-%dT%H:%M:%SZ")
-        self.items = {"instance-id": instance, "placement/region": "eu-west-1"}
-        self.items.update({self.STATE: "InService", self.ROLE: "role"})
-        self.items[self.ROLE + "role"] = json.dumps(credentials)
-        self.requests = []
-        MetadataHandler.serve(self)
-
-
-class MetadataHandler(Double):
-    def do_GET(self):
-        self.owner.requests.append((self.command, self.path))
-        if self.owner.fault and self.owner.fault(self):
-            return
-        if self.command == "PUT" and self.path == "/latest/api/token":
-            ttl = int(self.headers["X-aws-ec2-metadata-token-ttl-seconds"])
-            self.answer("TOKEN==", 200 if 1 <= ttl <= 21600 else 400)
-        elif self.headers.get("X-aws-ec2-metadata-token") != "TOKEN==":
-            self.answer("", 401)
-        else:
-            text = self.owner.items.get(self.path.replace("/latest/meta-data/", "", 1))
-            self.answer(text or "Not Found", 404 if text is None else 200)
-
-    do_PUT = do_GET
-
-
-class Gateway:
-    """Auto Scaling's API as the program sees it: moto, behind a recorder that can break any call.
-
-    To an unsigned question it answers as AWS does.
-    """
-
-    def __init__(self, moto):
-        self.moto = moto
-        self.calls, self.questions = [], []  # (time, HealthStatus), times of unsigned ones
-        self.busy, self.most_at_once = set(), 0
-        self.clock = 0  # seconds that its Date is ahead
-        GatewayHandler.serve(self)
-
-    def marks(self, status="Unhealthy"):
-        return [when for when, wanted in list(self.calls) if wanted == status]
-
-
-class GatewayHandler(Double):
-    def date_time_string(self, timestamp=None):
-        return super().date_time_string(time.time() + self.owner.clock)
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        fields = dict(pair.split("=", 1) for pair in body.decode().split("&"))
-        gateway, is_signed = self.owner, "Authorization" in self.headers
-        assert is_signed == (fields["Action"] == "SetInstanceHealth")
-        if not is_signed:
-            assert fields["Action"] == "DescribeAccountLimits"
-            gateway.questions.append(time.monotonic())
-            if not gateway.fault or not gateway.fault(self):
-                self.refuse(403, "MissingAuthenticationToken", "Missing Authentication Token")
-            return
-        gateway.busy.add(self)
-        gateway.most_at_once = max(gateway.most_at_once, len(gateway.busy))
-        gateway.calls.append((time.monotonic(), fields["HealthStatus"]))
-        try:
-            if not gateway.fault or not gateway.fault(self):
-                self.forward(body, gateway.moto.url)
-        finally:
-            gateway.busy.discard(self)
-
-    def forward(self, body, url):
-        upstream = http.client.HTTPConnection(url.split("//")[1], timeout=PATIENCE)
-        with contextlib.closing(upstream):
-            upstream.request("POST", self.path, body, dict(self.headers))
-            response = upstream.getresponse()
-            text = response.read().decode()
-            self.owner.busy.discard(self)  # before the next call can come
-            fields = {"Content_Type": response.getheader("Content-Type"), "x_amzn_RequestId": "r"}
-            self.answer(text, response.status, **fields)
-
-
-class Moto:
-    """moto's server as Auto Scaling, with a group of two instances."""
-
-    def __init__(self, folder):
-        import boto3
-
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        with open(folder / "moto.log", "w") as output:
-            self.server = subprocess.Popen(command, stdout=output, stderr=output)
-        wait_until(lambda: self.server.poll() is not None or listens(port), "moto")
-        options = {"region_name": "eu-west-1", "endpoint_url": self.url}
-        options.update(aws_access_key_id="A", aws_secret_access_key="S")
-        self.api, ec2 = boto3.client("autoscaling", **options), boto3.client("ec2", **options)
-        config = {"LaunchConfigurationName": "config", "InstanceType": "t3.nano"}
-        config["ImageId"] = ec2.describe_images()["Images"][0]["ImageId"]
-        self.api.create_launch_configuration(**config)
-        group = {"AutoScalingGroupName": "group", "LaunchConfigurationName": "config"}
-        group.update(MinSize=0, MaxSize=9, DesiredCapacity=2, AvailabilityZones=["eu-west-1a"])
-        self.api.create_auto_scaling_group(**group)
-
-    def instances(self):
-        groups = self.api.describe_auto_scaling_groups()["AutoScalingGroups"]
-        return {row["InstanceId"]: row["HealthStatus"] for row in groups[0]["Instances"]}
-
-    def stop(self):
-        self.server.terminate()
-        self.server.wait()
-
-
-class Cloud:
-    """What an instance has around it: metadata, Auto Scaling, and an id in the group.
-
-    Without moto, Auto Scaling accepts every call.
-    """
-
-    def __init__(self, moto=None):
-        self.moto, self.instance = moto, "i-0123456789abcdef0"
-        if moto:
-            self.instance, _ = moto.instances()
-            moto.api.set_instance_health(InstanceId=self.instance, HealthStatus="Healthy")
-        self.metadata, self.gateway = Metadata(self.instance), Gateway(moto)
-        if not moto:
-            self.gateway.fault = lambda request: request.answer("<a/>", x_amzn_RequestId="r")
-        self.env = {
-            "AWS_EC2_METADATA_SERVICE_ENDPOINT": f"{self.metadata.url}/",  # (for old botocore)
-            "AWS_ENDPOINT_URL_AUTO_SCALING": self.gateway.url,
-            "AWS_METADATA_SERVICE_TIMEOUT": "20",  # the double shares a starved machine
-        }
-
-    def health(self):
-        return self.moto.instances()[self.instance]
-
-    def stop(self):
-        for double in (self.metadata, self.gateway):
-            double.server.shutdown()
-            double.server.server_close()
-        wait_until(lambda: not self.gateway.busy, "the last call, which may change the next test")
-
-
-@pytest.fixture(scope="session")
-def moto(tmp_path_factory):
-    moto = Moto(tmp_path_factory.mktemp("moto"))
-    yield moto
-    moto.stop()
-
-
-@pytest.fixture
-def cloud(moto):
-    cloud = Cloud(moto)
-    yield cloud
-    cloud.stop()
-
-
-@pytest.fixture
-def metadata(monkeypatch):
-    for name in ("INSTANCE_ID", "AWS_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    double = Metadata()
-    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", double.url)
-    yield double
-    double.server.shutdown()
-    double.server.server_close()
-
-
-READ = hc.Instance("InService", "i-0123456789abcdef0", "i-0123456789abcdef0", "eu-west-1")
-BEFORE = hc.Instance("Standby", "i-old", "i-old", "old-1")
+READ = hc.Instance("InService", "i-0123456789abcdef0", "eu-west-1")
+BEFORE = hc.Instance("Standby", "i-old", "old-1")
+HANGS = "import time; time.sleep(3600)"
 
 
 def test_metadata_is_read_with_a_token(metadata):
-    assert hc.read_metadata(hc.Instance()) == READ and not READ.mistake()
+    assert hc.read_metadata(hc.Instance()) == READ
     assert metadata.requests[0] == ("PUT", "/latest/api/token")
     del metadata.items[metadata.STATE]  # one that is in no group
     assert hc.read_metadata(BEFORE) == READ._replace(lifecycle=None)
 
 
-def test_the_environment_replaces_what_metadata_says(metadata, monkeypatch):
-    monkeypatch.setenv("INSTANCE_ID", "i-mine")
-    monkeypatch.setenv("AWS_REGION", "us-west-2")
+@pytest.mark.parametrize("status", [None, 403, 404, 500])
+@pytest.mark.parametrize("item, path", [("lifecycle", 1), ("id", 2), ("region", 3)])
+def test_an_item_that_cannot_be_read_hides_no_other(metadata, monkeypatch, item, path, status):
+    path = ["api/token", metadata.STATE, "instance-id", "placement/region"][path]
+
+    def fail(request):
+        return request.path.endswith(path) and (resetting(request) if not status
+                                                else request.answer("no", status))  # fmt: skip
+
+    metadata.fault = fail
+    for before in (hc.Instance(), BEFORE):
+        instance = hc.read_metadata(before)
+        kept = None if status == 404 and item == "lifecycle" else getattr(before, item)
+        assert instance[:3] == READ._replace(**{item: kept})[:3]
+        assert bool(instance.unread) == (status != 404 or item != "lifecycle")
+        missing = instance.problem.startswith("instance metadata cannot be read: ")
+        assert missing == (item != "lifecycle" and not before.id)
+
+
+@pytest.mark.parametrize("variable, item, other", [
+    ("INSTANCE_ID", "id", "i-other"), ("AWS_REGION", "region", "us-west-2"),
+])  # fmt: skip
+def test_a_variable_that_is_another_s_is_named(metadata, monkeypatch, variable, item, other):
+    monkeypatch.setenv(variable, other)
     instance = hc.read_metadata(hc.Instance())
-    assert instance == READ._replace(id="i-mine", region="us-west-2")
-    assert re.search("INSTANCE_ID is i-mine, metadata says .*: remove the var", instance.mistake())
+    said = f"{variable} is {other}, metadata says {getattr(READ, item)}: remove the variable"
+    assert instance.problem == said
     metadata.fault = lambda request: request.answer("", 503)
-    instance = hc.read_metadata(hc.Instance())
-    assert (instance.id, instance.region, instance.mistake()) == ("i-mine", "us-west-2", "")
+    assert hc.read_metadata(instance).problem == said  # what was read once is kept
+    monkeypatch.setenv(variable, getattr(READ, item))
+    metadata.fault = None
+    assert hc.read_metadata(instance) == READ
 
 
 @pytest.mark.parametrize("status", [200, 403, 404, 503])
@@ -1545,7 +1917,7 @@ def test_metadata_gets_three_attempts_and_what_it_said_before_is_kept(metadata, 
     instance = hc.read_metadata(BEFORE)
     assert instance == BEFORE._replace(unread=f"HTTP status {status} for api/token, 8 bytes")
     assert len(metadata.requests) == 3
-    unknown = hc.read_metadata(hc.Instance()).mistake()
+    unknown = hc.read_metadata(hc.Instance()).problem
     assert re.match("instance metadata cannot be read: HTTP status .* -- enable IMDSv2", unknown)
 
 
@@ -1557,9 +1929,9 @@ def test_metadata_that_hangs_gets_a_second_for_each_attempt(metadata):
 
 
 @pytest.mark.parametrize("page", ["<html> <body>\nlogin</body></html>", "x" * 5000, ""])
-def test_a_web_page_or_a_truncated_answer_in_the_place_of_metadata_is_not_believed(metadata, page):
+def test_a_web_page_or_a_truncated_answer_is_not_believed_as_metadata(metadata, page):
     metadata.items = dict.fromkeys(metadata.items, page)
-    assert hc.read_metadata(BEFORE)[:4] == BEFORE[:4]
+    assert hc.read_metadata(BEFORE)[:3] == BEFORE[:3]
 
     def cut(request):
         if request.path.endswith(metadata.STATE):
@@ -1572,34 +1944,38 @@ def test_a_web_page_or_a_truncated_answer_in_the_place_of_metadata_is_not_believ
 
 
 @pytest.mark.parametrize("listed", ["", "internal.example", "*"])
-def test_botocore_does_not_ask_metadata_through_a_proxy(metadata, monkeypatch, listed):
+@pytest.mark.parametrize("env, url", [
+    ({}, "http://169.254.169.254/"), ({"_MODE": "ipv4"}, "http://169.254.169.254/"),
+    ({"_MODE": "IPv6"}, "http://[fd00:ec2::254]/"), ({"": "http://[::1]:8"}, "http://[::1]:8/"),
+    ({"": "http://a:1/", "_MODE": "IPv6"}, "http://a:1/"),
+])  # fmt: skip
+def test_metadata_is_where_botocore_looks_and_never_asked_by_proxy(monkeypatch, env, url, listed):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, listed)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    hc.prepare_botocore()
-    from botocore.utils import get_environ_proxies
+    monkeypatch.setenv(hc.METADATA, "")
+    for name, value in env.items():
+        monkeypatch.setenv(hc.METADATA + name, value)
+    asked = []
+    monkeypatch.setattr(hc, "connect", lambda host, port, _: asked.append((host, port)) or 1 / 0)
+    hc.prepare_environment()
+    with contextlib.suppress(ZeroDivisionError):
+        hc.read_metadata(hc.Instance())
+    from botocore.utils import get_environ_proxies, urlparse
 
-    assert get_environ_proxies(metadata.url) == {}
+    assert os.environ[hc.METADATA] == url and get_environ_proxies(url) == {}
+    assert asked == [(urlparse(url).hostname, urlparse(url).port or 80)]
     assert bool(get_environ_proxies("http://example.com/")) == (listed != "*")
     assert listed in os.environ["no_proxy"]
-    monkeypatch.delenv("AWS_EC2_METADATA_SERVICE_ENDPOINT")
-    hc.prepare_botocore()
-    assert get_environ_proxies("http://169.254.169.254/") == {}
-
-
-class Answer(Exception):
-    """An error as botocore raises it."""
-
-    def __init__(self, code, text, status=400):
-        call = "when calling the SetInstanceHealth operation"
-        super().__init__(f"An error occurred ({code}) {call}: {text}")
-        self.response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
 
 
 def named(name, text=""):
     return type(name, (Exception,), {})(text)
 
 
+PAGE, XHTML = "<html><p>a captive portal", "<html><body>sign in</body></html>"
+PROXY = {"http_proxy": "http://127.0.0.1:1", "AWS_ENDPOINT_URL_AUTO_SCALING": "http://aws.example"}
+TO = "AWS_ENDPOINT_URL_AUTO_SCALING"
 ROLE = "arn:aws:sts::123456789012:assumed-role/" + "r" * 200 + "/i-0123456789abcdef0"
 DENIAL = (
     f"User: {ROLE} is not authorized to perform: autoscaling:SetInstanceHealth on resource: "
@@ -1609,126 +1985,105 @@ DENIAL = (
 
 
 @pytest.mark.parametrize("error, advice", [
-    (Answer("AccessDenied", DENIAL, 403), "allow autoscaling:SetInstanceHealth in the policy"),
     (Answer("ValidationError", "... grace period of 300 s"), "within its health check grace"),
-    (Answer("ValidationError", "No managed instance found for i-1"), "attach the instance to a"),
-    (Answer("ExpiredToken", "x"), "look at the clock"),
-    (Answer("RequestExpired", "x"), "look at the clock"),
-    (Answer("SignatureDoesNotMatch", "x"), "look at the clock"),
-    (Answer("InvalidClientTokenId", "x"), "look at the clock"),
+    (Answer("RequestExpired", "x"), "check the clock"), (named("Odd", "what\nis this"), ""),
+    (Answer("SignatureDoesNotMatch", "x"), "check the clock"),
     (Answer("Throttling", "Rate exceeded"), "AWS limits the calls"),
-    (Answer("ResourceContention", "x", 500), "the group is being changed"),
-    (Answer("InternalFailure", "x", 500), "AWS has a fault"),
+    (Answer("ResourceContention", "x", 500), "AWS has a fault, or is busy"),
+    (Answer("InternalFailure", "x", 500), "AWS has a fault, or is busy"),
     (Answer("503", "Service Unavailable", 503), "AWS has a fault"),
-    (LookupError("unable to locate credentials"), "give the instance a profile"),
-    (named("MetadataRetrievalError"), "give the instance a profile"),
-    (named("EndpointConnectionError", "Could not connect"), "look at routes"),
-    (named("ConnectTimeoutError"), "look at routes"), (ImportError("MemoryError: "), "of memory"),
-    (named("ProxyConnectionError"), "look at the proxy that HTTPS_PROXY names"),
-    (named("SSLError", "certificate verify failed"), "AWS_CA_BUNDLE"),
-    (ImportError("ModuleNotFoundError: No module named 'boto3'"), "python3-boto3 (apt-get"),
-    (named("Odd", "what\nis this"), ""),
+    (named("MetadataRetrievalError"), "attach a profile that allows"),
+    (named("ConnectTimeoutError"), "check routes"), (ImportError("MemoryError: "), "of memory"),
+    (Answer("AccessDenied", DENIAL, 403), "remove the deny from that policy"),
 ])  # fmt: skip
 def test_every_aws_error_becomes_one_line_that_says_what_to_do(error, advice):
     line = hc.explain(error)
     assert line.isprintable() and advice in "".join(line.split(" -- ")[1:])
-    assert "explicit deny" not in str(error) or DENIAL in line and len(line) > 500  # it is not cut
+    if "explicit deny" in str(error):  # it is not cut, and to allow it elsewhere does not help
+        assert DENIAL in line and len(line) > 500 and "allow autoscaling" not in line
 
 
-@pytest.mark.parametrize("minutes, said", [
-    (-15, "15 minutes slow"), (-6, "6 minutes slow"), (-4, ""), (0, ""), (4, ""), (6, "6 minutes "),
-    (15, "15 minutes fast"),
-])  # fmt: skip
-def test_the_clock_is_told_when_signatures_would_not_bear_it(minutes, said):
-    now = 1e9
-    why = hc.why_wrong_clock(email.utils.formatdate(now, usegmt=True), now + 60 * minutes)
-    assert bool(why) == bool(said) and said in why and (not said or "-- set it (chronyc" in why)
-    assert hc.why_wrong_clock("nonsense", now) == hc.why_wrong_clock("", now) == ""
-
-
-def rehearsed(cloud, prefix=(), **env):
-    program = run("-rehearse", env={**cloud.env, **env}, prefix=prefix)
-    assert len(program.lines) == 1 and not program.err
-    return program.process.returncode, program.out[0]
-
-
-def test_a_rehearsal_that_goes_well_asks_one_unsigned_question_and_changes_nothing(cloud):
-    status, line = rehearsed(cloud)
-    assert (status, line) == (0, f"Ready to mark {cloud.instance} in eu-west-1")
-    assert len(cloud.gateway.questions) == 1 and not cloud.gateway.calls
+def test_a_rehearsal_makes_the_call_and_changes_nothing(cloud):
+    for health in ("Healthy", "Unhealthy"):
+        cloud.moto.api.set_instance_health(InstanceId=cloud.instance, HealthStatus=health)
+        program = run("-rehearse", env=cloud.env)
+        assert program.lines == [f"Ready to mark {cloud.instance} in eu-west-1"]
+        assert cloud.health() == health
+    cloud.gateway.fault = lambda request: request.answer("<a/>", x_amzn_RequestId="r")
+    assert run("-rehearse", env=cloud.env).process.returncode == 0  # AWS accepts it
+    assert len(cloud.gateway.rehearsals) == 3 and not cloud.gateway.calls
     assert any(path.endswith(Metadata.ROLE + "role") for _, path in cloud.metadata.requests)
-
-
-PAGE, XHTML = "<html><p>a captive portal", "<html><body>sign in</body></html>"
-
-
-PROXY = {"http_proxy": "http://127.0.0.1:1", "AWS_ENDPOINT_URL_AUTO_SCALING": "http://aws.example"}
-TO = "AWS_ENDPOINT_URL_AUTO_SCALING"
 
 
 def refusing(status, code, text):
     return lambda request: request.refuse(status, code, text)
 
 
-def no_credentials(cloud):
-    del cloud.metadata.items[Metadata.ROLE]
-
-
 def metadata_silent(cloud):
     cloud.metadata.fault = lambda request: request.answer("", 503)
 
 
-def clock_off(minutes):
-    return lambda cloud: setattr(cloud.gateway, "clock", -60 * minutes)
-
-
-def answering(fault):
-    return lambda cloud: setattr(cloud.gateway, "fault", fault)
+def with_gateway(**attributes):
+    """A fault: the gateway has these attributes."""
+    return lambda cloud: vars(cloud.gateway).update(attributes)
 
 
 def page(status, text=PAGE):
-    return answering(lambda request: request.answer(text, status, Content_Type="text/html"))
+    return with_gateway(fault=lambda asked: asked.answer(text, status, Content_Type="text/html"))
+
+
+DENIED, DENIED_BY = (refusing(403, "AccessDenied", text) for text in ("not authorized", DENIAL))
+STATIC_KEYS = {"AWS_ACCESS_KEY_ID": "A", "AWS_SECRET_ACCESS_KEY": "S"}
+HERE_BY_VARIABLES = {"INSTANCE_ID": "i-0123456789abcdef0", "AWS_REGION": "us-east-1"}
 
 
 @pytest.mark.parametrize("fault, env, said", [
-    (no_credentials, {}, "unable to locate credentials -- give the instance a profile"),
-    (None, {TO: "http://127.0.0.1:1"}, "Could not connect .* -- look at routes"),
-    (None, PROXY, "proxy .* -- look at the proxy that HTTPS_PROXY names"),
+    (lambda cloud: cloud.metadata.items.pop(Metadata.ROLE), {},
+     "unable to locate credentials; .* -- attach a profile that allows"),
+    (None, {TO: "http://127.0.0.1:1"}, "Could not connect .* -- check routes"),
+    (None, PROXY, "proxy .* -- check the proxy that HTTPS_PROXY names"),
     (None, {TO: "https://127.0.0.1:{tls}"}, "SSL .* -- trust the authority of .* AWS_CA_BUNDLE"),
-    (clock_off(15), {}, "the clock is 15 minutes fast -- set it"),
-    (clock_off(-15), {}, "the clock is 15 minutes slow -- set it"),
-    *[(page(status), {}, "something else answers there: see") for status in (200, 403, 503)],
-    (page(200, XHTML), {}, "something else answers there"),
-    (metadata_silent, {}, "metadata cannot be read: HTTP status 503 .* -- enable IMDSv2"),
+    (None, {"AWS_CA_BUNDLE": "/no", TO: "https://127.0.0.1:{tls}"}, "SSL.* -- trust .* AWS_CA_BUN"),
+    (None, {TO: "nonsense"}, "Invalid endpoint.* -- correct AWS_ENDPOINT_URL_AUTO_SCALING or AWS_"),
+    (None, {**STATIC_KEYS, "AWS_ACCESS_KEY_ID": "B"}, "InvalidClientTokenId.* -- check the clock"),
+    (None, {**STATIC_KEYS, "AWS_SESSION_TOKEN": "EXPIRED"}, "ExpiredToken.* -- check the clock"),
+    (with_gateway(clock=-900), {}, "Signature expired.* -- check the clock"),
+    (with_gateway(clock=900), {}, "Signature expired.* -- check the clock"),
+    (None, {"AWS_REGION": "us-east-1"}, "AWS_REGION is us-east-1, metadata says eu-west-1: remove"),
     (None, {"INSTANCE_ID": "i-strange"}, "INSTANCE_ID is i-strange, metadata says .*: remove"),
+    (metadata_silent, {**STATIC_KEYS, **HERE_BY_VARIABLES}, "No managed instance .* -- attach the"),
+    (metadata_silent, HERE_BY_VARIABLES, "HTTP status 503 .* -- enable IMDSv2.* hop limit of 2"),
+    (lambda cloud: cloud.metadata.items.update({"instance-id": "i-0fedcba9876543210"}), {},
+     "No managed instance .* -- attach the instance to a group, or stop this"),
+    (with_gateway(fault=DENIED_BY), {}, "explicit deny .* -- remove the deny"),
+    (with_gateway(fault=DENIED), {}, f"-- allow {hc.PERMISSION}"),
+    (with_gateway(fault=refusing(503, "ServiceUnavailable", "x")), {}, "-- AWS has a fault, or is"),
+    *[(page(status), {}, "something else answers there: check") for status in (200, 400, 403, 503)],
+    *[(page(status, XHTML), {}, "something else answers there") for status in (200, 400, 403)],
+    (metadata_silent, {}, "metadata cannot be read: HTTP status 503 .* -- enable IMDSv2"),
     (None, {"PYTHONPATH": "{broken}"}, "torn in two' -- boto3 is missing or broken: install the"),
-    (None, {"AWS_PROFILE": "none"}, "ProfileNotFound: .* -- mend the variable or file that says"),
+    (None, {"AWS_PROFILE": "none"}, "ProfileNotFound: .* -- correct AWS_PROFILE"),
+    (None, {hc.METADATA: "a b"}, f"{hc.METADATA}: 'a b/' is not an endpoint: write a URL"),
+    (None, {hc.METADATA: "localhost:80"}, f"{hc.METADATA}: 'localhost:80/' is not an endpoint"),
 ])  # fmt: skip
-def test_a_rehearsal_says_what_is_wrong_and_its_cure(cloud, serve, tmp_path, fault, env, said):
+def test_a_rehearsal_says_what_is_wrong_and_what_to_do(cloud, serve, tmp_path, fault, env, said):
     (tmp_path / "boto3").mkdir()
     (tmp_path / "boto3" / "__init__.py").write_text("raise KeyError('torn in two')")
     if fault:
         fault(cloud)
     port = serve(OK, tls=certified(IP)).port
     env = {name: value.format(tls=port, broken=tmp_path) for name, value in env.items()}
-    status, line = rehearsed(cloud, **env)
-    assert status == 1 and re.search("^A mark would not succeed now: .*" + said, line), line
-    assert not cloud.gateway.calls
-
-
-@pytest.mark.parametrize(
-    "fault", [answering(refusing(503, "ServiceUnavailable", "x")), clock_off(4)]
-)
-def test_any_answer_with_a_request_id_is_a_good_one(cloud, fault):
-    fault(cloud)
-    assert rehearsed(cloud)[0] == 0
+    program = run("-rehearse", env={**cloud.env, **env})
+    assert program.process.returncode in (1, 2) and len(program.lines) == 1
+    assert re.search(said, program.lines[0]), program.lines
+    assert not cloud.gateway.calls and cloud.health() == "Healthy"
 
 
 def test_a_rehearsal_is_what_the_oom_killer_takes_first():
     script = f"import sys; sys.path.insert(0, '{HERE}'); import ec2_local_healthchecker as hc\n"
-    script += "hc.read_metadata = lambda before: print(open('/proc/self/oom_score_adj').read())\n"
-    said = subprocess.check_output([sys.executable, "-c", script + "hc.rehearse()"])
-    assert said.split() == [b"1000"]
+    script += "hc.read_metadata = lambda before: sys.exit(open('/proc/self/oom_score_adj').read())"
+    done = subprocess.run([sys.executable, "-c", script + "\nhc.rehearse()"], **CAPTURED)
+    assert done.stderr.split() == ["1000"]
 
 
 def child(script):
@@ -1736,106 +2091,219 @@ def child(script):
     return hc.Rehearsal([sys.executable, "-c", script])
 
 
-def answer_of(rehearsal, now):
-    """Start one, and wait for its answer."""
-    rehearsal.due = now
-    return wait_until(lambda: rehearsal.step(now), "an answer")
+def outcome_of(rehearsal, now):
+    """Start one, and wait until it has ended; returns what it says."""
+    rehearsal.start(now)
+    said = wait_until(lambda: [rehearsal.poll(now)] if rehearsal.child.poll() is not None else [])
+    assert not rehearsal.child
+    return said[0]
 
 
-def test_rehearsals_come_again_after_a_minute_doubling_to_five_until_one_goes_well():
-    ill = child("print('A mark would not succeed now: x'); exit(1)")
-    pauses = []
+def test_rehearsals_come_again_after_a_minute_then_up_to_five_then_daily():
+    rehearsal, pauses = child("print('no route -- check routes'); exit(1)"), []
     for _ in range(5):
-        assert answer_of(ill, 1000.0) == "A mark would not succeed now: x"
-        pauses.append(ill.due - 1000.0)
-    for n, middle in enumerate([60, 120, 240, 300, 300]):
-        assert 0.9 * middle <= pauses[n] <= 1.1 * middle
-    assert ill.step(1054.0) is None and not ill.child  # not before its time
-    ill.command[2] = "print('Ready to mark i-1 in r')"
-    assert answer_of(ill, 1000.0) == "Ready to mark i-1 in r"
-    assert 0.9 * 86400 <= ill.due - 1000.0 <= 1.1 * 86400
-    ill.command[2] = "exit(1)"
-    answer_of(ill, 1000.0)
-    assert ill.due - 1000.0 < 70  # it begins anew
+        assert outcome_of(rehearsal, 1000.0) == "no route -- check routes"
+        pauses.append(rehearsal.due - 1000.0)
+    assert pauses == [60, 120, 240, 300, 300]
+    rehearsal.command[2] = "print('Ready to mark i-1 in r')"
+    assert outcome_of(rehearsal, 1000.0) == ""
+    assert rehearsal.due - 1000.0 == 86400
+    rehearsal.command[2] = "exit(1)"
+    outcome_of(rehearsal, 1000.0)
+    assert rehearsal.due - 1000.0 == 60  # it starts over
 
 
 @pytest.mark.parametrize("script, said", [
-    ("exit(3)", "a rehearsal gave no answer"), ("1 / 0", "ZeroDivisionError: division by zero"),
-    ("import os; os.kill(os.getpid(), 9)", "a rehearsal gave no answer"),
+    ("exit(3)", "a rehearsal ended with status 3"),
+    ("1 / 0", "ZeroDivisionError: division by zero"),
+    ("import os; os.kill(os.getpid(), 9)", "a rehearsal ended with status -9"),
+    ("print('Ready'); exit(2)", "Ready"), ("import os; os.write(1, b'\\xff'); exit(1)", "\\ufffd"),
 ])  # fmt: skip
-def test_a_rehearsal_without_an_answer_is_told(script, said):
-    ill = child(script)
-    assert answer_of(ill, 0.0) == said and ill.due < 70
+def test_a_rehearsal_goes_well_by_its_exit_status_alone(script, said):
+    rehearsal = child(script)
+    assert outcome_of(rehearsal, 0.0).startswith(said) and rehearsal.due == 60
 
 
-HANGS = "import time; time.sleep(3600)"
+def test_a_rehearsal_that_hangs_is_ended_at_its_limit_and_reported_once():
+    rehearsal = child(HANGS)
+    rehearsal.start(1000.0)
+    assert rehearsal.poll(1029.9) is None
+    assert rehearsal.poll(1030.1) == "a rehearsal did not end in 30s"
+    wait_until(lambda: rehearsal.poll(1030.2) is None and not rehearsal.child, "its end")
+    assert rehearsal.due == 1060
 
 
-def test_a_rehearsal_that_hangs_is_ended_at_its_limit_and_told_once():
-    ill = child(HANGS)
-    assert ill.step(1000.0) is None and ill.child
-    assert ill.step(1029.9) is None
-    assert ill.step(1030.1) == "a rehearsal did not end in 30s"
-    wait_until(lambda: ill.step(1030.2) is None and not ill.child, "its end, without another word")
-    assert 1030 + 54 < ill.due < 1030 + 67
+def test_a_rehearsal_that_was_killed_has_not_gone_well():
+    rehearsal = child("print('Ready to mark i-1 in r')")
+    rehearsal.start(0.0)
+    rehearsal.child.wait()
+    rehearsal.kill()  # too late: it has ended with 0
+    assert rehearsal.poll(0.0) is None and rehearsal.due == 60
 
 
-@contextlib.contextmanager
-def frozen(process):
-    """A process that SIGKILL does not end, as one in state D: by the freezer of cgroup v1."""
+def test_a_rehearsal_that_cannot_be_killed_gets_no_second_beside_it():
+    rehearsal = child(HANGS)
+    rehearsal.start(0.0)
+    process = rehearsal.child
     group = pathlib.Path(f"/sys/fs/cgroup/freezer/healthchecker-{process.pid}")
     group.mkdir()
-    try:
+    try:  # as one in state D: the freezer of cgroup v1
         (group / "cgroup.procs").write_text(str(process.pid))
         (group / "freezer.state").write_text("FROZEN")
         wait_until(lambda: (group / "freezer.state").read_text() == "FROZEN\n", "the freezer")
-        yield
+        rehearsal.kill()
+        start = time.monotonic()
+        assert [rehearsal.poll(now) for now in (0.0, 31.0, 1e6)] == [None] * 3
+        assert time.monotonic() - start == PROMPTLY and rehearsal.child is process
     finally:
         (group / "freezer.state").write_text("THAWED")
-        process.kill()
-        process.wait()
         wait_until(lambda: not (group / "cgroup.procs").read_text(), "its end")
         group.rmdir()
+    wait_until(lambda: rehearsal.poll(1e6) is None and not rehearsal.child, "its end")
 
 
-def test_a_rehearsal_that_cannot_be_killed_is_not_waited_for_and_gets_no_second_beside_it():
-    ill = child(HANGS)
-    ill.step(0.0)
-    process = ill.child
-    with frozen(process):
-        ill.kill()
-        start = time.monotonic()
-        assert [ill.step(now) for now in (0.0, 31.0, 1e6)] == [None] * 3
-        assert time.monotonic() - start == PROMPTLY and ill.child is process
-    wait_until(lambda: ill.step(1e6) is None and not ill.child, "its end")
+def resetting(request):
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.connection.close()
+    request.close_connection = True
+    return True
+
+
+def hanging(request):
+    request.connection.recv(1)  # returns when the other side has given up
+    return True
+
+
+AWS_FAULTS = {
+    "page": (lambda request: request.answer(XHTML), "no AWS request id .* -- something else answ"),
+    "reset": (resetting, "Connection.* -- check routes"),
+    "hang": (hanging, "[Tt]imeout.* -- check routes"),
+    "denied": (DENIED_BY, "explicit deny .* -- remove the deny"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", AWS_FAULTS)
+def test_the_mark_gets_through_when_a_fault_of_aws_ends(cloud, fault):
+    cloud.gateway.fault, said = AWS_FAULTS[fault]
+    broken = cloud.gateway.fault
+    with sick(cloud) as program:
+        line = program.wait_for("Could not mark", 1 if fault == "hang" else 2)
+        start = f"ERROR Could not mark {cloud.instance} as Unhealthy, again in "
+        assert re.search(f"{start}.*{said}", line), line
+        program.more("Probe of web failed: .*refused in", 5)
+        threads = os.listdir(f"/proc/{program.process.pid}/task")
+        assert len(threads) == 4  # main, writer, check, marker: never a second marker
+        assert 0 <= len(cloud.gateway.calls) - program.count("Could not mark") <= 1
+        cloud.gateway.fault = None
+        marked(cloud)
+        program.wait_for("Marked Instance as Unhealthy")
+        # (The gateway sees the end of a hung attempt a moment later than the program.)
+        assert cloud.gateway.most_at_once <= (2 if fault == "hang" else 1)
+        cloud.gateway.fault, calls = broken, len(cloud.gateway.calls)
+        wait_until(lambda: len(cloud.gateway.calls) > calls, "a call")
+        assert program.stop() == STOPPED
+
+
+def test_a_call_by_https_works_though_ssl_was_hidden_from_http_client(cloud, serve, tmp_path):
+    AUTHORITY.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    url = f"https://127.0.0.1:{serve(MARKED, tls=certified(IP)).port}"
+    env = {"AWS_ENDPOINT_URL_AUTO_SCALING": url, "AWS_CA_BUNDLE": str(tmp_path / "ca.pem")}
+    with sick(cloud, env=env) as program:
+        program.wait_for("Marked Instance as Unhealthy")
+
+
+def test_credentials_that_come_late_are_found(cloud):
+    held = cloud.metadata.items.pop(Metadata.ROLE)
+    with sick(cloud, top={"graceperiod": "3s"}) as program:
+        why = ".*locate credentials; .* -- attach a profile that allows"
+        program.wait_for("A mark would not succeed now: " + why)
+        program.wait_for("Could not mark " + why, 2)
+        cloud.metadata.items[Metadata.ROLE] = held
+        marked(cloud)
+
+
+def test_a_proxy_in_the_environment_is_for_aws_and_not_for_metadata_or_probes(cloud, serve):
+    proxy = serve(MARKED)
+    env = dict.fromkeys(("http_proxy", "HTTP_PROXY"), f"http://127.0.0.1:{proxy.port}")
+    with sick(cloud, env={**env, "AWS_ENDPOINT_URL_AUTO_SCALING": "http://aws.example"}) as program:
+        program.wait_for("Marked Instance as Unhealthy")
+    asked = {request.partition("\r")[0] for request in proxy.requests}
+    assert asked == {"POST http://aws.example/ HTTP/1.1"}
+    assert any(path.endswith(Metadata.ROLE + "role") for _, path in cloud.metadata.requests)
+
+
+def test_a_mark_is_remembered_over_a_restart_and_taken_back_once(cloud, serve, tmp_path):
+    env, mark = {"STATE_DIRECTORY": str(tmp_path)}, tmp_path / "marked"
+    with sick(cloud, env=env) as program:
+        marked(cloud)
+        wait_until(mark.exists, "the note of it")
+        assert mark.read_text() == f"{cloud.instance} eu-west-1"
+        program.process.kill()
+        program.wait()
+    web = {"web": {**DEAD, "endpoint": f"http://127.0.0.1:{serve(OK).port}/"}}
+    # As version 2.0 wrote it; and of the machine that an image was made from.
+    for note in (cloud.instance, "i-0parent eu-west-1", "i-0parent", ""):
+        mark.write_text(note)
+        with sick(cloud, env=env, checks=web) as program:
+            program.wait_for("Verdict healthy")
+            wait_until(lambda: not mark.read_text(), "the end of the note")
+            program.more("Probe of web passed in", 8)
+            assert program.stop() == STOPPED
+        assert cloud.health() == "Healthy" and len(cloud.gateway.marks("Healthy")) == 1
+
+
+@pytest.mark.parametrize("megabytes", [1, 3, 6])
+def test_a_lack_of_memory_for_boto3_is_survived(cloud, passing_at_first, megabytes):
+    web, fail = passing_at_first
+    with sick(cloud, checks={"web": web}) as program:
+        program.wait_for("Ready to mark")
+        status = pathlib.Path(f"/proc/{program.process.pid}/status").read_text()
+        size = int(re.search(r"VmData:\s+(\d+) kB", status)[1]) * 1024
+        limit(program, f"--data={size + megabytes * 2**20}:unlimited")
+        fail()
+        said, end = "Could not mark|fault of this program", time.monotonic() + 10
+        # (There may be no memory for a line on it.)
+        wait_until(lambda: program.count(said) or time.monotonic() > end, "the shortage")
+        # Without memory, CPython may crash, or the program end; then systemd starts it again.
+        with contextlib.suppress(subprocess.CalledProcessError):  # (it may have by now)
+            limit(program, "--data=unlimited:unlimited")
+        wait_until(lambda: program.process.poll() or cloud.health() == "Unhealthy", "the mark")
+        crashed = program.process.poll()
+        assert crashed in (None, 1, -signal.SIGSEGV, -signal.SIGABRT)
+    if crashed:
+        with sick(cloud) as program:
+            marked(cloud)
+
+
+def test_boto3_that_breaks_and_is_repaired_is_found_again(cloud, passing_at_first, tmp_path):
+    import boto3
+
+    home, ours = pathlib.Path(boto3.__file__).parent, tmp_path / "boto3"
+    ours.symlink_to(home)
+    (tmp_path / "part.py").touch()
+    web, fail = passing_at_first
+    with sick(cloud, env={"PYTHONPATH": str(tmp_path)}, checks={"web": web}) as program:
+        program.wait_for("Ready to mark")
+        ours.unlink()
+        ours.mkdir()
+        fault = "import sys; assert 'part' not in sys.modules; import part, no"
+        (ours / "__init__.py").write_text(fault)
+        fail()
+        program.wait_for("Could not mark .*named 'no' -- boto3 is missing or broken: install", 2)
+        later = tmp_path / "later"  # as on a disk that comes back
+        fault = f"__path__[:] = ['{later}']; import boto3.compat; "
+        (ours / "__init__.py").write_text(fault + f"exec(open('{later}/__init__.py').read())")
+        program.wait_for("Could not mark .*No module named 'boto3.compat'", 2)
+        later.symlink_to(home)
+        marked(cloud)
 
 
 # ---- Telling -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def service_manager(tmp_path):
-    """A notify socket as systemd has one; yields (environment, messages with their times)."""
-    messages = []
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-
-        def listen():
-            with contextlib.suppress(OSError):
-                while True:
-                    messages.append((time.monotonic(), manager.recv(65536).decode()))
-
-        threading.Thread(target=listen, daemon=True).start()
-        yield {"NOTIFY_SOCKET": str(tmp_path / "notify")}, messages
-        manager.shutdown(socket.SHUT_RDWR)
-
-
-def said(messages, text):
-    return [when for when, message in list(messages) if text in message.split("\n")]
-
-
-def test_notify_speaks_the_protocol_and_no_message_is_too_long(tmp_path, monkeypatch):
-    with service_manager(tmp_path) as (env, messages):
+@pytest.mark.parametrize("is_abstract", [False, True])
+def test_notify_speaks_the_protocol_and_no_message_is_too_long(tmp_path, monkeypatch, is_abstract):
+    with service_manager(tmp_path, is_abstract) as (env, messages):
         for name, value in env.items():
             monkeypatch.setenv(name, value)
         systemd = hc.Systemd()
@@ -1844,40 +2312,10 @@ def test_notify_speaks_the_protocol_and_no_message_is_too_long(tmp_path, monkeyp
         wait_until(lambda: messages, "the message")
         (when, message) = messages[0]
         assert message.startswith("READY=1\nSTATUS=ü") and len(message.encode()) < 4096
-    (tmp_path / "notify").unlink()
-    systemd.notify("WATCHDOG=1")  # nobody there: nothing happens
+    systemd.notify("WATCHDOG=1")  # nobody is there: nothing happens
 
 
-class Recorder:
-    """Stands for a Systemd or a Writer where only what they are told matters."""
-
-    def __init__(self):
-        self.said, self.marks = [], []
-        self.thread, self.has_news = threading.current_thread(), threading.Event()  # (alive)
-
-    @property
-    def mark(self):
-        return self.marks[-1] if self.marks else None
-
-    def notify(self, *lines):
-        self.said += lines
-
-    def journal(self, level, text):
-        self.said.append((level, text))
-
-
-@contextlib.contextmanager
-def writer(systemd=None, mark_file=""):
-    """A Writer whose descriptors are pipes; yields it and what can be read from them."""
-    before, hc.log.propagate = list(hc.log.handlers), False
-    writer = hc.Writer(systemd or Recorder(), mark_file)
-    try:
-        yield writer
-    finally:
-        hc.log.handlers[:], hc.log.propagate = before, True
-
-
-def test_a_line_has_time_level_and_message_and_what_warns_goes_to_stderr_and_to_the_journal(capfd):
+def test_a_line_has_time_and_level_and_a_warning_goes_to_stderr_and_the_journal(capfd):
     systemd = Recorder()
     with writer(systemd) as ours:
         hc.log.setLevel("INFO")
@@ -1886,59 +2324,97 @@ def test_a_line_has_time_level_and_message_and_what_warns_goes_to_stderr_and_to_
         hc.log.error("worse")
         hc.log.debug("nothing")
         ours.finish()
+        wait_until(lambda: not ours.has_news.is_set(), "a pause of the thread")
     out, err = capfd.readouterr()
-    stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z "
-    assert re.fullmatch(stamp + r"INFO well \\ud800\n", out)
-    assert re.fullmatch(stamp + "WARNING ill\n" + stamp + "ERROR worse\n", err)
+    assert re.fullmatch(STAMP + r"INFO well \\ud800\n", out)
+    assert re.fullmatch(STAMP + "WARNING ill\n" + STAMP + "ERROR worse\n", err)
     assert systemd.said == [(hc.logging.WARNING, "ill"), (hc.logging.ERROR, "worse")]
-
-
-def full_pipe():
-    """The ends of a pipe to which no byte can be written."""
-    reader, end = os.pipe()
-    os.set_blocking(end, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(end, b"x" * 4096)
-    os.set_blocking(end, True)
-    return reader, end
 
 
 def test_the_file_that_remembers_a_mark_is_written_before_lines_that_wait(tmp_path, capfd):
     file, (reader, end) = tmp_path / "marked", full_pipe()
 
-    def note(ours, mark):
-        ours.marks.append(mark)
-        ours.has_news.set()
-
     with writer(mark_file=str(file)) as ours:
         ours.lines.append((end, b"this waits\n"))
-        note(ours, "i-1")
+        ours.remember("i-1 eu-west-1")
         wait_until(file.exists, "the file")
-        assert file.read_text() == "i-1"
+        assert file.read_text() == "i-1 eu-west-1"
         os.read(reader, 65536)
-        note(ours, "")
+        ours.remember("")
         wait_until(lambda: file.read_text() == "", "its end")
         file.unlink()
         file.mkdir()
-        note(ours, "i-2")
+        ours.remember("i-2 r")
         said = "is not remembered over a restart"
         wait_until(lambda: said in capfd.readouterr().err, "a word of it")
         file.rmdir()
-        note(ours, "i-2")  # at the next call
+        ours.remember("i-2 r")  # at the next call
         wait_until(file.exists, "the file again")
     os.close(reader)
     os.close(end)
 
 
-def test_a_file_is_replaced_with_its_mode_whatever_the_umask(tmp_path):
-    umask = os.umask(0o077)
-    hc.replace_file(str(tmp_path / "f"), "x", 0o644)
-    os.umask(umask)
-    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o644 and len(os.listdir(tmp_path)) == 1
+@pytest.mark.parametrize("fault", ["full disk", "closed pipe", "nobody reads"])
+def test_a_log_that_cannot_be_written_stops_nothing(cloud, tmp_path, fault):
+    (tmp_path / "f.yml").write_text(yaml_of({"web": DEAD}, graceperiod="0", frequency="300ms"))
+    reader, end = full_pipe()
+    if fault == "full disk":
+        end = os.open("/dev/full", os.O_WRONLY)
+    elif fault == "closed pipe":
+        os.close(reader)
+    command = [sys.executable, str(PROGRAM), "-verbose", "-healthcheckfile", f"{tmp_path}/f.yml"]
+    env = {**os.environ, **cloud.env, "STATE_DIRECTORY": str(tmp_path)}
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=end, stderr=end, env=env)
+    try:
+        marked(cloud)
+        wait_until(lambda: len(cloud.gateway.marks()) >= 3, "more calls")
+        start = time.monotonic()
+        process.terminate()
+        assert process.wait(PATIENCE) == 0 and time.monotonic() - start == PROMPTLY
+    finally:
+        process.kill()
+        process.wait()
 
 
-# ---- Check loops; what their probes find is seen above ------------------------------------------
+JOURNAL = """\
+import pathlib, socket, subprocess, sys
+journal = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+journal.bind("/dev/log")
+subprocess.run(sys.argv[1:])
+journal.setblocking(False)
+while True:
+    try:
+        print(journal.recv(65536).decode(), flush=True)
+    except BlockingIOError:
+        break
+"""
+
+
+@pytest.mark.parametrize("is_service, name", [
+    (True, "f.yml"), (True, "bad.yml"), (False, "bad.yml"),
+])  # fmt: skip
+def test_what_warns_goes_to_the_journal_of_a_service(tmp_path, is_service, name):
+    (tmp_path / "f.yml").write_text(yaml_of({"web": DEAD}, graceperiod="0", frequency="200ms"))
+    (tmp_path / "bad.yml").write_text("checks:\n  a: b\n")
+    script = "mount -t tmpfs tmpfs /dev && mknod /dev/null c 1 3 && "
+    script += f"{sys.executable} -c '{JOURNAL}' "
+    script += f"timeout 4 {sys.executable} {PROGRAM} -dry-run -healthcheckfile {tmp_path}/{name}"
+    env = {**os.environ, **({"INVOCATION_ID": "0"} if is_service else {})}
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], env=env, **CAPTURED)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("<")]
+    said = f"{tmp_path}/bad.yml:2: a: a check has keys, indented below its name: write at least"
+    if not is_service:
+        assert not lines and (name == "f.yml" or done.stderr.startswith(said))
+    elif name == "bad.yml":
+        assert len(lines) == 1 and lines[0].startswith(f"<3>healthchecker: {said}")
+        assert re.match(STAMP + "ERROR " + re.escape(said), done.stderr)
+    else:  # nobody reads, and the socket takes some ten: it has ended in its time all the same
+        said = "Check web failed (1 of 3): 127.0.0.1 port 1: Connection refused"
+        assert lines[0] == f"<4>healthchecker: {said}" and "INFO" not in "".join(lines)
+        assert "INFO Stopped by SIGTERM" in done.stdout
+
+
+# ---- Check loops ---------------------------------------------------------------------------------
 
 
 def test_probes_keep_a_fixed_rate_and_do_not_overlap():
@@ -1952,6 +2428,7 @@ def test_probes_keep_a_fixed_rate_and_do_not_overlap():
         time.sleep(0.25 if len(starts) == 2 else 0.01)
         if len(starts) in faults:
             raise faults[len(starts)]
+        return "a remark" if len(starts) == 6 else None
 
     loop.function, due = probe, loop.due
     loop.start()
@@ -1959,196 +2436,21 @@ def test_probes_keep_a_fixed_rate_and_do_not_overlap():
     loop.cancel()
     loop.join(PATIENCE)
     assert not loop.is_alive()
-    assert [result[1:] for result in results[:5]] == [
-        (1, True, ""), (2, True, ""), (3, False, "refused"), (4, None, "SystemExit: odd"),
-        (5, True, ""),
+    assert [result[2:] for result in results[:6]] == [
+        (True, ""), (True, ""), (False, "refused"), (None, "SystemExit: odd"), (True, ""),
+        (True, "a remark"),
     ]  # fmt: skip
+    assert [result[1] for result in results[:6]] == pytest.approx(starts[:6], abs=0.05)
     assert min(starts) >= due  # never early, and never two at once
-    assert starts[2] - starts[1] >= 0.25 and min(gaps(starts)) > 0
+    assert starts[2] - starts[1] >= 0.25 and starts == sorted(set(starts))
 
 
-# ---- Daemon and gate, with a clock of their own --------------------------------------------------
-
-
-class FakeLoop:
-    """A check loop that the test plays."""
-
-    def __init__(self, check, inbox, due):
-        self.check, self.due, self.probing, self.alive, self.number = check, due, None, True, 0
-
-    def start(self):
-        self.started = True
-
-    def is_alive(self):
-        return self.alive
-
-    def cancel(self):
-        self.alive = False
-
-
-class FakeRehearsal:
-    """A rehearsal that the test plays: what one would answer is in `line`."""
-
-    def __init__(self):
-        self.child, self.due, self.line = None, 0.0, "Ready to mark i-1 in eu-west-1"
-        self.starts, self.kills = [], 0
-
-    def step(self, now):
-        if not self.child and now >= self.due:
-            self.child = "under way"
-            self.starts.append(now)
-        if self.child and self.line:
-            self.child, self.due = None, now + (86400.0 if "Ready" in self.line else 60.0)
-            return self.line
-
-    def kill(self):
-        self.kills += bool(self.child)
-        self.child = None
-
-
-class World:
-    """What lies outside: metadata and Auto Scaling, as the marker sees them."""
-
-    def __init__(self):
-        self.instance = hc.Instance("InService", "i-1", "i-1", "eu-west-1")
-        self.is_readable, self.clients, self.group = True, 0, "Healthy"
-        self.fate = None  # what a call raises, if it does
-        self.before_call = None  # what happens while the credentials are got
-        self.calls = []  # (status, did it come to be)
-
-    def read_metadata(self, before):
-        if self.is_readable:
-            return self.instance
-        return before._replace(unread="timed out")
-
-    def autoscaling(self, region, is_signed=True):
-        self.clients += 1
-        if self.before_call:
-            self.before_call()
-        if isinstance(self.fate, ImportError):
-            raise self.fate
-        return self
-
-    def set_instance_health(self, InstanceId, HealthStatus):
-        acted = not self.fate or 500 <= self.fate.response["ResponseMetadata"]["HTTPStatusCode"]
-        self.calls.append((HealthStatus, acted))
-        if acted:
-            self.group = HealthStatus
-        if self.fate:
-            raise self.fate
-        return {"ResponseMetadata": {"HTTPHeaders": {"x-amzn-requestid": "r"}}}
-
-
-@pytest.fixture
-def logged(monkeypatch):
-    """What is logged: (level name, line)."""
-    lines = []
-    hc.log.setLevel("INFO")
-
-    def handle(record):
-        lines.append((record.levelname, record.getMessage()))
-
-    monkeypatch.setattr(hc.log, "handle", handle)
-    return lines
-
-
-SIMPLE = """\
-graceperiod: 0
-frequency: 10s
-checks:
-  web:
-    endpoint: http://localhost/
-    frequency: 1s
-    threshold: 3
-"""
-
-
-class Rig:
-    """A daemon (or a gate) and its marker: the test plays their threads, and moves their clock."""
-
-    def __init__(self, text=SIMPLE, gate=None, marked="", instance=None, start=5.0, is_idle=False):
-        self.patch = pytest.MonkeyPatch()
-        self.world, self.loops, self.now = World(), [], start
-        self.world.instance = instance or self.world.instance
-        self.patch.setattr(hc, "CheckLoop", self.new_loop)
-        self.patch.setattr(hc, "read_metadata", self.world.read_metadata)
-        self.patch.setattr(hc, "autoscaling", self.world.autoscaling)
-        self.config = configured(text)
-        self.systemd, self.writer = Recorder(), Recorder()
-        self.rehearsal = FakeRehearsal()
-        self.marker = hc.Marker(self.config, self.rehearsal, self.writer, marked)
-        self.marker.is_alive = lambda: True
-        grace_end = self.now + self.config.graceperiod
-        if gate is not None:
-            self.main = hc.Gate(self.config, self.now, grace_end, gate == "early")
-        else:
-            things = (self.marker, self.writer, self.systemd)
-            self.main = hc.Daemon(self.config, self.now, grace_end, *things)
-        self.is_gate, self.inbox = gate is not None, self.main.inbox
-        if not is_idle:
-            self.step()
-
-    def new_loop(self, check, inbox, due):
-        self.loops.append(FakeLoop(check, inbox, due))
-        return self.loops[-1]
-
-    def loop(self, name="web"):
-        return self.main.watches[name].loop
-
-    def step(self, seconds=0.0):
-        """Let time pass: main and the marker step as they do, every second or sooner."""
-        end = self.now + seconds
-        while True:
-            wake = self.main.step(self.now)
-            if not self.is_gate:
-                wake = min(wake, self.marker.step(self.now))
-                self.main.step(self.now)
-            if self.now >= end or self.main.status is not None:
-                return
-            self.now = min(end, max(self.now + 0.001, min(wake, self.now + hc.LOOK)))
-
-    def probe(self, results, name="web", seconds=1.0):
-        """One result after another (p passes, f fails, x is spoiled), so many seconds apart."""
-        for result in results:
-            loop = self.loop(name)
-            loop.number += 1
-            passed = {"p": True, "f": False, "x": None}[result]
-            self.inbox.append((loop, loop.number, passed, "" if passed else "refused"))
-            self.step(seconds)
-
-    def calls(self, seconds):
-        """The moments of the calls in the next seconds."""
-        moments, start = [], self.now
-        while self.now < start + seconds:
-            before = len(self.world.calls)
-            self.step(hc.LOOK)
-            moments += [self.now - start] * (len(self.world.calls) - before)
-        return moments
-
-
-@pytest.fixture
-def rig():
-    """Makes rigs, and takes back what they patch."""
-    rigs = []
-
-    def make(*arguments, **options):
-        rigs.append(Rig(*arguments, **options))
-        return rigs[-1]
-
-    yield make
-    for each in reversed(rigs):
-        each.patch.undo()
-
-
-def texts(logged, level=""):
-    return [text for name, text in logged if level in name]
+# ---- Daemon and gate -----------------------------------------------------------------------------
 
 
 def test_the_log_tells_the_story_of_a_mark_from_the_first_failure_on(rig, logged):
-    others = (
-        "  tcp:\n    type: tcp\n    endpoint: localhost:1\n  well:\n    endpoint: http://::1/w\n"
-    )
-    rig = rig(SIMPLE + others.replace("::1", "[::1]"))
+    others = "  tcp:\n    type: tcp\n    endpoint: :1\n  well:\n    endpoint: http://127.1/w\n"
+    rig = rig(SIMPLE + others)
     rig.probe("ppp", "well", 0)
     rig.probe("fffpp", "web", 0)
     rig.probe("ffff", "tcp", 0)
@@ -2164,15 +2466,15 @@ def test_the_log_tells_the_story_of_a_mark_from_the_first_failure_on(rig, logged
         "Verdict unhealthy (was undecided): " + both,
         "Marked Instance as Unhealthy: i-1: " + both,
     ]
-    assert rig.world.calls == [("Unhealthy", True)] and rig.writer.mark == "i-1"
+    assert rig.world.calls == [("Unhealthy", True)] and rig.writer.mark == "i-1 eu-west-1"
 
 
 def test_nothing_is_probed_before_the_grace_period_is_over(rig):
     rig = rig(SIMPLE.replace("graceperiod: 0", "graceperiod: 5m"), start=3.0)
     assert [loop.due for loop in rig.loops] == [303.0] and rig.loops[0].started
     assert "STATUS=grace period, probing starts in 300s" in rig.systemd.said
-    phases = [rig.main.as_dict(now)["phase"] for now in (5.0, 303.0)]
-    assert phases == ["grace", "watching"]
+    early, late = rig.status(5.0), rig.status(303.0)
+    assert (early["phase"], early["calls"], late["phase"]) == ("grace", 0, "watching")
 
 
 def test_check_loops_start_one_millisecond_apart(rig, tmp_path):
@@ -2192,21 +2494,19 @@ def test_a_remark_is_logged_once_for_each_check(rig, logged, tmp_path):
     for threshold in ("3", "3", "2"):  # the last reload changes the check
         reloaded(rig, SIMPLE.replace("threshold: 3", f"threshold: {threshold}"), tmp_path)
         for n in range(3):
-            rig.inbox.append((rig.loop(), 10 + n, True, "it leads elsewhere"))
+            rig.inbox.append((rig.loop(), 10.0 + n, True, "it leads elsewhere"))
         rig.step()
     assert texts(logged, "WARNING") == ["Check web: it leads elsewhere"] * 2
 
 
 def test_no_secret_in_a_query_is_shown_anywhere(rig, logged, tmp_path, serve):
     text = SIMPLE.replace("localhost/", "localhost/health?token=s3cr")
-    rig = rig(text)
-    rig.main.directory = str(tmp_path)
-    rig.probe("fff", seconds=4)
-    gate = hc.Gate(configured(text), 0.0, 0.0, False)
-    gate.take_verdict(0.0)
-    shown = [*map(str, logged), *map(str, rig.systemd.said)]
+    for each in (rig(text, gate="late"), rig(text)):
+        each.main.directory = str(tmp_path)
+        each.probe("fff", seconds=4)
+    shown = [*map(str, logged), *map(str, each.systemd.said)]
     shown += [(tmp_path / "status.json").read_text(), str(configured(text).as_dict())]
-    assert rig.world.calls and sum("/health?***" in text for text in shown) > 5
+    assert each.world.calls and sum("/health?***" in text for text in shown) > 5
     assert "s3cr" not in "".join(shown)
     url = f"http://127.0.0.1:{serve('HTTP/1.1 500 No').port}/?s3cr"
     reason = failure_of(http_check(serve(redirect(url))))
@@ -2217,11 +2517,11 @@ def test_faults_of_this_program_are_logged_once_in_a_run_and_steps_tried_again(r
     rig = rig()
     rig.probe("ppp" + "x" * 50 + "p" + "x", seconds=0.1)
     said = texts(logged, "ERROR")
-    assert len(said) == 2 and all("this program's fault" in text for text in said)
+    assert said == ["Not counted, a fault of this program: probe of web: refused"] * 2
     logged.clear()
-    rig.main.take_verdict = lambda now: 1 / 0
+    rig.main.act = lambda now: 1 / 0
     assert [rig.main.try_step(rig.now + 10 + n) for n in range(3)] == [1.0] * 3
-    del rig.main.take_verdict
+    del rig.main.act
     assert rig.main.try_step(rig.now + 20) <= 1 and not rig.main.is_faulty
     said = "A fault of this program, trying again: ZeroDivisionError: division by zero"
     assert texts(logged, "ERROR") == [said]
@@ -2237,131 +2537,138 @@ def test_a_hold_says_why_once_and_a_healthy_verdict_ends_the_memory_of_it(rig, l
     rig.world.instance = in_service._replace(lifecycle="Standby")
     rig.probe("fff", seconds=4)
     rig.step(1000)
-    assert f"not marking: {why}" in rig.main.as_dict(rig.now)["summary"]
+    assert f"not marking: {why}" in rig.status()["summary"]
     rig.world.instance = in_service
     rig.step(200)
     held = [text for text in texts(logged, "WARNING") if "Not marking" in text]
-    again = "Not marking i-1 as Unhealthy: in service again, in a new grace period"
-    assert held == [f"Not marking i-1 as Unhealthy: {why}", again] and not rig.world.calls
+    again = "Not marking as Unhealthy: in service again, in a new grace period"
+    assert held == [f"Not marking as Unhealthy: {why}", again] and not rig.world.calls
     rig.probe("pppfff", seconds=5)
     assert rig.world.calls
 
 
-def test_what_is_known_of_the_lifecycle_state_is_never_forgotten(rig):
-    """Standby read once, then nothing any more: not by metadata, and not by rehearsals."""
-    rig = rig()
-    rig.world.instance = rig.world.instance._replace(lifecycle="Standby")
-    for rig.world.is_readable, rig.rehearsal.line in (
-        (True, "Ready to mark i-1 in eu-west-1"), (False, "a rehearsal did not end in 30s"),
-    ):  # fmt: skip
-        rig.rehearsal.due = rig.now
-        rig.step(1)
-    rig.probe("fff", seconds=4)
-    rig.step(600)
-    assert not rig.world.calls and rig.marker.report.hold == "its target lifecycle state is Standby"
-
-
 @pytest.mark.parametrize("instance, said", [
-    (hc.Instance("InService", "i-1", "i-2", "r"), "INSTANCE_ID is i-2, metadata says i-1: remove"),
-    (hc.Instance(unread="timed out"), "cannot be read: timed out -- enable IMDSv2"),
+    (hc.Instance("InService", "i-1", "r", "", "INSTANCE_ID is i-2: remove"), "is i-2: remove"),
+    (hc.Instance(problem="cannot be read: timed out -- enable"), "cannot be read: timed out -- "),
 ])  # fmt: skip
 def test_a_stranger_or_an_unknown_instance_is_held_with_one_error(rig, logged, instance, said):
     for results, marked in (("fff", ""), ("ppp", instance.id)):
         logged.clear()
-        each = rig(marked=marked or "", instance=instance)
+        each = rig(marked=marked or "", instance=instance, is_idle=True)
+        each.rehearsal.why_not = None  # the first one goes on
+        each.step()
+        assert each.status()["could_mark"] is False
         each.probe(results, seconds=4)
         each.step(200)
         assert not each.world.calls and not each.world.clients
-        held = [text for text in texts(logged, "ERROR") if "Not marking" in text and said in text]
+        held = [text for text in texts(logged) if "Not marking" in text and said in text]
         assert len(held) == (results == "fff" or bool(marked))
+        assert each.status()["could_mark"] is False and said in each.status()["why_not"]
+        assert each.status()["summary"].count(said) == 1
 
 
-def test_a_dry_run_says_each_call_that_it_would_have_made(rig, logged):
-    rig = rig(instance=hc.Instance(unread="no EC2"))
-    rig.marker.rehearsal = None
-    rig.marker.publish(why_not=None)
+@pytest.mark.parametrize("instance", [hc.Instance(problem="no EC2"), None])
+def test_a_dry_run_says_that_it_is_one_and_each_call_that_it_would_make(rig, logged, instance):
+    rig = rig(instance=instance, dry_run=True)
     rig.probe("fffppp", seconds=4)
     rig.step(20)
     dry = [text for text in texts(logged) if "Dry run" in text]
+    who = "i-1" if not instance else "this-instance"
     for said, status in (dry[0], "Unhealthy"), (dry[-1], "Healthy"):
-        assert said.startswith(f"Dry run: would have marked as {status}: this instance: web ")
-    status = rig.main.as_dict(rig.now)
-    assert not rig.world.clients and status["marked"] is False and status["could_mark"] is None
+        assert said.startswith(f"Dry run: would have marked as {status}: {who}: ")
+    status = rig.status()
+    assert not rig.world.clients and status["marked"] is False and status["could_mark"] is False
+    assert status["summary"] == "dry run, nothing is marked; healthy: 1 check"
+    assert not rig.rehearsal.starts and "A mark would not" not in str(logged)
 
 
-def test_a_rehearsal_under_way_is_ended_when_a_mark_is_wanted(rig, logged):
-    rig = rig()
-    assert rig.rehearsal.starts == [5.0] and texts(logged, "INFO")[-1] == rig.rehearsal.line
-    rig.rehearsal.due, rig.rehearsal.line = rig.now, None
-    rig.step(1)
-    assert rig.rehearsal.child and rig.marker.report.why_not == ""
-    rig.probe("fff", seconds=4)
-    assert rig.world.calls and rig.rehearsal.kills == 1
+def test_a_dry_run_is_held_by_whatever_holds_a_call(rig, logged):
+    rig = rig(instance=hc.Instance("Standby", problem="no EC2"), dry_run=True)
+    rig.probe("fff", seconds=40)
+    assert "target lifecycle state is Standby" in str(logged) and "Dry run" not in str(logged)
 
 
-def test_could_mark_is_told_as_long_as_it_holds_and_logged_when_it_changes(rig, logged):
-    rig, ready = rig(), "Ready to mark i-1 in eu-west-1"
-    ill = "A mark would not succeed now: no route -- look at routes"
-    for line in (ill, ill, ready):
-        rig.rehearsal.line, rig.rehearsal.due = line, rig.now
+def test_could_mark_is_shown_as_long_as_it_holds_and_logged_when_it_changes(rig, logged):
+    rig, why = rig(is_idle=True), "no route -- check routes"
+    rig.rehearsal.why_not = None  # the first one goes on
+    rig.step()
+    assert rig.status()["could_mark"] is None
+    for rig.rehearsal.why_not in ("", why, why, ""):
+        rig.rehearsal.due = rig.now
         rig.step(1)
     said = [item for item in logged if "mark" in item[1]]
-    assert said == [("INFO", ready), ("WARNING", ill), ("INFO", ready)]
-    rig.rehearsal.line, rig.rehearsal.due = "a rehearsal did not end in 30s", rig.now
+    ready = ("INFO", "Ready to mark i-1 in eu-west-1")
+    assert said == [ready, ("WARNING", f"A mark would not succeed now: {why}"), ready]
+    rig.rehearsal.why_not, rig.rehearsal.due = "a rehearsal did not end in 30s", rig.now
     rig.step(1)
-    status = rig.main.as_dict(rig.now)
-    assert (status["could_mark"], status["why_not"]) == (False, rig.rehearsal.line)
-    first = f"STATUS=A mark would not succeed now: {rig.rehearsal.line}; undecided: web not probed"
+    assert not rig.status()["could_mark"] and rig.status()["why_not"] == rig.rehearsal.why_not
+    first = f"STATUS=A mark would not succeed now: {rig.rehearsal.why_not}; undecided: web not pro"
     assert any(line.startswith(first) for line in rig.systemd.said)
     rig.marker.began = rig.now - 61
-    assert "the thread that marks hangs" in rig.main.as_dict(rig.now)["why_not"]
+    rig.step(61)
+    assert "the thread that marks hangs" in rig.status()["why_not"]
+    assert "the thread that marks hangs" in texts(logged, "WARNING")[-1]
 
 
 @pytest.mark.parametrize("code, status, sticks", [
     ("AccessDenied", 403, True), ("Throttling", 400, False),
 ])  # fmt: skip
-def test_a_failed_call_is_told_until_one_succeeds_or_a_rehearsal_but_for_a_denial_goes_well(
-    rig, code, status, sticks
-):
+def test_a_refused_call_shows_until_a_rehearsal_or_a_call_goes_well(rig, code, status, sticks):
     rig = rig()
-
-    def could_mark():
-        return rig.main.as_dict(rig.now)["could_mark"]
-
     rig.world.fate = Answer(code, "User: x is not authorized", status)
     rig.probe("fff", seconds=4)
-    assert code in rig.main.as_dict(rig.now)["why_not"] and could_mark() is False
+    assert code in rig.status()["why_not"] and rig.status()["could_mark"] is False
     first = f"STATUS=A mark would not succeed now: An error occurred ({code})"
     assert any(line.startswith(first) for line in rig.systemd.said)
-    rig.probe("ppp", seconds=4)  # nothing is wanted any more: a rehearsal, at once
+    rig.probe("ppp", seconds=4)  # no call is wanted any more: a rehearsal, at once
     rig.step(12)
-    assert len(rig.rehearsal.starts) == 2 and could_mark() is (not sticks)
+    assert len(rig.rehearsal.starts) == 2 and rig.status()["could_mark"] is (not sticks)
     rig.world.fate = None
-    rig.probe("fff", seconds=5)
-    assert could_mark() is True
-    rig.probe("ppp", seconds=5)
-    rig.rehearsal.due = rig.now
-    rig.step(12)
-    assert could_mark() is True
+    for results in ("fff", "ppp"):  # a call goes well, and the rehearsal after it
+        rig.probe(results, seconds=5)
+        rig.rehearsal.due = rig.now
+        rig.step(12)
+        assert rig.status()["could_mark"] is True
+
+
+def test_a_verdict_that_is_withdrawn_for_a_moment_delays_no_call(rig):
+    def withdraw():
+        rig.marker.findings = rig.marker.findings._replace(verdict="undecided")
+
+    rig = rig()
+    rig.world.before_call = withdraw
+    rig.probe("fff", seconds=4)
+    assert rig.world.clients and not rig.world.calls
+    rig.world.before_call = None
+    rig.step(2)
+    assert rig.world.calls
+
+
+def test_imports_are_forgotten_whenever_the_last_call_ended_in_an_importerror(rig):
+    rig = rig()
+    rig.probe("fff", seconds=4)
+    broken = ImportError("x")
+    for rig.world.fate, forgotten in (None, 0), (broken, 0), (broken, 1), (None, 2), (None, 2):
+        rig.marker.due = rig.now
+        rig.marker.step(rig.now)
+        assert rig.world.forgotten == forgotten
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("marked", ["", "i-1"])
+@pytest.mark.parametrize("marked", ["", "i-1 eu-west-1"])
 def test_a_signal_ends_the_daemon_and_a_mark_that_stands_is_said(rig, logged, number, marked):
     rig = rig(marked=marked)
     rig.inbox.append(number)
     rig.step()
     assert rig.main.status == 0 and "STOPPING=1" in rig.systemd.said
     assert f"Stopped by {number.name}" in texts(logged, "INFO")
-    stands = "A mark of this program may stand on i-1, .*--instance-id i-1 --health-status Healthy"
+    stands = "The group may still hold i-1 as Unhealthy .* run: aws autoscaling set-instance-"
+    stands += "health --region eu-west-1 --instance-id i-1 --health-status Healthy$"
     assert bool(re.search(stands, texts(logged)[-1])) == bool(marked)
-
-
-def reloaded(rig, text, tmp_path):
-    rig.main.path = str(tmp_path / "f.yml")
-    (tmp_path / "f.yml").write_text(text)
-    rig.inbox.append(signal.SIGHUP)
-    rig.main.try_step(rig.now)
+    assert bool(re.search("STATUS=" + stands, rig.systemd.said[-1])) == bool(marked)
+    said = list(rig.systemd.said)
+    rig.step()
+    assert rig.systemd.said == said
 
 
 def test_a_reload_starts_and_ends_the_loops_of_what_has_changed(rig, logged, tmp_path):
@@ -2370,10 +2677,12 @@ def test_a_reload_starts_and_ends_the_loops_of_what_has_changed(rig, logged, tmp
     new = SIMPLE.replace("checks:", "recovery: no\nchecks:")
     reloaded(rig, new + "  new:\n    threashold: 1\n    endpoint: http://10.1.2.3/\n", tmp_path)
     assert rig.loop() is kept and kept.alive and not gone.alive and rig.loop("new").started
-    assert list(rig.main.watches) == ["web", "new"]
-    assert rig.marker.config is rig.main.config and not rig.main.config.recovery
+    assert list(rig.main.records) == ["web", "new"]
+    assert rig.marker.findings.config is rig.main.config and not rig.main.config.recovery
     warned = "\n".join(texts(logged, "WARNING"))
     assert "threashold" in warned and "Across a group" in warned
+    said = "Configuration reloaded; its graceperiod counts from the next start"
+    assert texts(logged, "INFO")[-1] == said
     reloaded(rig, SIMPLE.replace("threshold: 3", "threshold: 2"), tmp_path)
     assert rig.loop() is not kept and not kept.alive
 
@@ -2390,7 +2699,7 @@ def test_a_reload_brings_no_new_grace_period(rig, tmp_path):
 
 def test_a_reload_of_a_bad_file_or_of_none_changes_nothing_and_is_told(rig, logged, tmp_path):
     rig = rig()
-    watches = dict(rig.main.watches)
+    watches = dict(rig.main.records)
     rig.inbox.append(signal.SIGHUP)
     rig.step()
     reloaded(rig, "nonsense", tmp_path)
@@ -2398,11 +2707,11 @@ def test_a_reload_of_a_bad_file_or_of_none_changes_nothing_and_is_told(rig, logg
     os.mkfifo(tmp_path / "f.yml")  # it would keep the main thread waiting
     rig.inbox.append(signal.SIGHUP)
     rig.step()
-    assert rig.main.watches == watches and rig.main.status is None
-    ignored = "SIGHUP ignored: the configuration, {}, is no file".format
+    assert rig.main.records == watches and rig.main.status is None
+    ignored = "SIGHUP ignored: the configuration, {}, is not a file".format
     assert texts(logged, "WARNING") == [ignored("-"), ignored(f"{tmp_path}/f.yml")]
     (error,) = texts(logged, "ERROR")
-    assert f"not reloaded, the old one stays: {tmp_path}/f.yml:1: no key" in error
+    assert f"not reloaded, the old one stays: {tmp_path}/f.yml:1: not a key" in error
 
 
 def test_a_reload_for_which_no_thread_can_be_made_ends_the_daemon(rig, logged, tmp_path):
@@ -2416,10 +2725,10 @@ def test_a_reload_for_which_no_thread_can_be_made_ends_the_daemon(rig, logged, t
 
 
 @pytest.mark.parametrize("ill", ["loop", "marker", "writer", "silence"])
-def test_the_watchdog_is_withheld_while_a_thread_has_ended_or_a_check_has_only_faults(rig, ill):
+def test_the_watchdog_is_not_fed_without_a_thread_or_without_results(rig, ill):
     rig = rig()
     rig.probe("p" * 60)
-    assert 20 <= rig.systemd.said.count("WATCHDOG=1") <= 31
+    assert rig.systemd.said.count("WATCHDOG=1") >= 60
     if ill == "loop":
         rig.loop().alive = False
     elif ill == "marker":
@@ -2437,8 +2746,19 @@ def test_the_watchdog_is_withheld_while_a_thread_has_ended_or_a_check_has_only_f
     assert ("WATCHDOG=1" in rig.systemd.said) == (ill == "silence")
 
 
+def test_the_watchdog_is_fed_for_a_check_s_period_and_five_minutes(rig):
+    rig = rig(SIMPLE.replace("frequency: 1s", "frequency: 10m"))
+    for seconds, is_fed in (890, True), (20, False):
+        rig.step(seconds)
+        assert rig.systemd.said.count("READY=1") < 100  # shown at each verdict, not at each step
+        rig.systemd.said.clear()
+        rig.step()
+        assert ("WATCHDOG=1" in rig.systemd.said) == is_fed
+
+
 def test_status_json_says_how_things_stand(rig, tmp_path):
     rig = rig()
+    assert not os.path.exists("/status.json")  # it has no directory yet
     rig.main.directory = str(tmp_path)
     rig.probe("ffff", seconds=3)
     status = json.loads((tmp_path / "status.json").read_text())
@@ -2488,19 +2808,10 @@ def test_the_gate_says_at_each_frequency_how_each_check_stands_and_what_is_left(
     assert rig.main.status == 1 and "stopped by SIGTERM before" in texts(logged, "ERROR")[0]
 
 
-# ---- Daemon and marker against a model -----------------------------------------------------------
-
-SOON = 2 * hc.LOOK  # seconds until one thread has seen what the other tells
 CODES = {"refused": Answer("AccessDenied", "x", 403), "lost": Answer("InternalFailure", "x", 500)}
+CODES["page"] = Answer("403", "x", 403, headers=())  # of a proxy
 FATES = {"good": None, **CODES, "unsent": ImportError("x")}  # what becomes of a call
-
-
-def text_of(top, checks):
-    """A configuration from lines at its top and lines for each check."""
-    lines = [*top, "checks:"]
-    for name, keys in checks.items():
-        lines += [f"  {name}:", "    endpoint: http://localhost/", *(f"    {key}" for key in keys)]
-    return "\n".join(lines)
+SET_HEALTH = hc.set_health
 
 
 def one_of(*values):
@@ -2512,8 +2823,7 @@ TOPS = st.tuples(
     one_of("recovery: true", "recovery: true", "recovery: false"),
 )  # fmt: skip
 KEYS = st.tuples(one_of("", "threshold: 2", "threshold: 1"), one_of("", "timeout: 3s"))
-NAMES = one_of("a", "b")
-CONFIGS = st.builds(text_of, TOPS, st.dictionaries(NAMES, KEYS, min_size=1, max_size=2))
+CONFIGS = st.builds(text_of, TOPS, st.dictionaries(one_of("a", "b"), KEYS, min_size=1, max_size=2))
 SECONDS = one_of(0, 1, 6, 25, 25, 100)  # after an event
 RESULTS = {"p": True, "f": False, "x": None}  # passed, failed, spoiled by a fault of the program
 
@@ -2521,39 +2831,38 @@ RESULTS = {"p": True, "f": False, "x": None}  # passed, failed, spoiled by a fau
 class Machine(stateful.RuleBasedStateMachine):
     """Drives daemon and marker through whatever may happen to them, and holds them to the contract:
 
-    - Every check stands as its last `threshold` results in a row that agree say; what a probe that
-      hung says late, and what a fault of the program spoiled, is no result; a pause is at most one.
-    - An Unhealthy call is made only while some check is failing and the last verdict said so, in a
-      target lifecycle state that permits it (as it could last be read), not within the new grace
-      period after a hold, and for no stranger. While it is wanted and nothing holds it, calls come
-      at the pace of the backoff: none before its time, none late.
-    - Healthy is called only where a mark of our own may stand, recovery is true and all checks are
-      healthy; then until one call succeeds. A mark that stands is never forgotten, in the report or
-      in what the writer is to remember; one that AWS refused is not made up.
-    - A rehearsal runs only while no mark is wanted.
-    - A reload keeps the results of equal checks, and nothing of others; a bad file changes nothing.
-    - After SIGTERM nothing is called.
+    - Every check stands as its last `threshold` results in a row say; what a probe that hung says
+      late, and what a fault of the program spoiled, does not count; a pause counts as one at most.
+    - Unhealthy is called only by the last verdict, while the checks agree, as `decide` permits;
+      then at the pace of the backoff: no call before its time, none late.
+    - Healthy is called until one call succeeds. A mark that may stand is never forgotten, in the
+      report or by the writer; one that AWS refused is not made up.
+    - A rehearsal runs only while no call is wanted; while main reads, and after SIGTERM, none is.
+    - A reload keeps the results of equal checks only; a bad file changes nothing.
     """
 
     @initialize(
-        text=CONFIGS, marked=one_of("", "", "i-1", "i-parent"),
+        text=CONFIGS, marked=one_of("", "", "i-1 eu-west-1", "i-1", "i-parent eu-west-1"),
         state=one_of("InService", None, "Standby"),
     )  # fmt: skip
     def begin(self, text, marked, state):
-        instance = hc.Instance(state, "i-1", "i-1", "eu-west-1")
+        instance = hc.Instance(state, "i-1", "eu-west-1")
         self.rig = rig = Rig(text, marked=marked, instance=instance, is_idle=True)
         rig.main.path, self.file = "f.yml", None
-        rig.patch.setattr(hc, "load_config", lambda path: configured(self.file))
+        rig.patch.setattr(hc, "load_config", self.load_config)
         rig.patch.setattr(os.path, "isfile", lambda path: True)
         rig.patch.setattr(hc, "read_metadata", self.read_metadata)
-        rig.world.before_call = self.call_is_near
+        rig.patch.setattr(hc, "set_health", self.set_health)
+        rig.world.before_call = self.build_client
         self.config, self.fate = rig.config, "good"
         self.results = {check.name: [] for check in self.config.checks}
-        self.hung = {}  # (loop, number) of each probe that was counted: when it is once more
+        self.hung = {}  # (loop, start) of each probe that was counted: when it is once more
         self.stands = bool(marked)  # whether a mark of ours may stand
         self.verdict, self.next_verdict = "undecided", rig.now + self.config.frequency
         self.wanted, self.tries, self.was_good, self.last_try = None, 0, True, -math.inf
         self.known, self.hold_end = None, 0.0  # lifecycle state, end of the new grace period
+        self.is_stranger = False  # whether INSTANCE_ID and metadata last contradicted each other
+        self.complaint = None  # what was wrong with a call
         self.latest = math.inf  # when the marker must have looked again
         self.step()
 
@@ -2585,10 +2894,8 @@ class Machine(stateful.RuleBasedStateMachine):
         return {"unhealthy": "Unhealthy", "healthy": take_back, "undecided": None}[verdict]
 
     def is_held(self):
-        if self.known_id != "i-1":
-            return True
         out = self.known not in (None, "InService") or self.rig.now < self.hold_end
-        return out and self.wanted == "Unhealthy"
+        return self.is_stranger or (out and self.wanted == "Unhealthy")
 
     def pace(self):
         if not self.tries:
@@ -2598,65 +2905,78 @@ class Machine(stateful.RuleBasedStateMachine):
 
     # -- what the marker does, as it is seen from outside
 
-    known_id = "i-1"
-
     def read_metadata(self, before):
         now, world = self.rig.now, self.rig.world
         instance = world.read_metadata(before)
         if world.is_readable:
-            self.known, self.known_id = instance.lifecycle, instance.said_id
-        if self.known_id == "i-1" and self.rig.marker.report.marked == "i-parent":
+            self.known, self.is_stranger = instance.lifecycle, bool(instance.problem)
+        if not self.is_stranger and self.rig.marker.report.marked.startswith("i-parent"):
             self.stands = False
-        if self.wanted == "Unhealthy" and self.known_id == "i-1":
-            if self.known not in (None, "InService"):
-                self.hold_end = math.inf
-            elif self.hold_end == math.inf:
+        if self.known in (None, "InService"):
+            if self.hold_end == math.inf:
                 self.hold_end = now + self.config.graceperiod
+        elif self.wanted == "Unhealthy":
+            self.hold_end = math.inf
         self.latest = now + self.config.frequency
         self.has_looked = True
         return instance
 
-    def call_is_near(self):
-        """It has the credentials in hand; it takes whatever is raised here for an error."""
+    def build_client(self):
+        self.judge("wanted")
+        if self.fate == "recovers":
+            for loop in self.idle():
+                self.ends(loop, "p" * 9)
+            self.rig.main.step(self.rig.now)
+            self.verdicts(self.rig.now)
+        if self.fate == "leaves":
+            self.rig.world.instance = self.rig.world.instance._replace(lifecycle="Standby")
+        if self.fate == "unsent":
+            self.note_try(False)
+
+    def set_health(self, client, instance_id, status):
+        self.judge(status)
+        self.note_try(self.fate not in FATES or not FATES[self.fate])
+        if status == "Healthy":
+            self.stands = not self.was_good
+        elif self.fate != "refused":
+            self.stands = True
+        SET_HEALTH(client, instance_id, status)
+
+    def judge(self, status):
+        """The marker takes whatever is raised here for an error of the call."""
         try:
-            self.judge_call()
+            now, wanted = self.rig.now, self.rig.marker.report.wanted
+            assert wanted == self.wanted == self.expected(), "a call that is not wanted"
+            assert status in ("wanted", wanted) and not self.is_held(), "a call in a hold"
+            assert now >= self.last_try + 0.8 * self.pace() - 0.01, "a call before its time"
         except AssertionError as complaint:
             self.complaint = complaint
             raise
 
-    complaint = None
-
-    def judge_call(self):
-        now, wanted = self.rig.now, self.rig.marker.report.wanted
-        assert wanted == self.wanted == self.expected(), "a call that is not wanted"
-        assert not self.is_held(), "a call in a hold"
-        assert now >= self.last_try + 0.8 * self.pace() - 0.01, "a call before its time"
-        if self.fate == "recovers":
-            for loop in self.idle():
-                self.ends(loop, "p" * 9)
-            self.rig.main.step(now)
-            self.verdicts(now)
-            if self.wanted != wanted:
-                return  # it is withdrawn
-        is_good = self.fate in ("good", "recovers")
-        self.tries, self.last_try, self.was_good = self.tries + 1, now, is_good
-        self.latest = now + 1.2 * self.pace()
+    def note_try(self, was_good):
+        self.tries, self.last_try, self.was_good = self.tries + 1, self.rig.now, was_good
+        self.latest = self.rig.now + 1.2 * self.pace()
         self.has_called = True
-        if wanted == "Healthy":
-            self.stands = not is_good
-        elif is_good or self.fate == "lost":
-            self.stands = True
+
+    def load_config(self, path):
+        """The disk takes its time: meanwhile nothing is called."""
+        calls, wanted = len(self.rig.world.calls), self.wanted
+        self.rig.marker.step(self.rig.now + 1000.0)
+        assert len(self.rig.world.calls) == calls, "a call while the configuration is read"
+        if wanted:
+            self.wanted, self.tries, self.was_good, self.last_try = None, 0, True, -math.inf
+            self.latest = self.rig.now
+        return configured(self.file)
 
     # -- time
 
     def idle(self):
-        return [watch.loop for watch in self.rig.main.watches.values() if not watch.loop.probing]
+        return [watch.loop for watch in self.rig.main.records.values() if not watch.loop.probing]
 
     def ends(self, loop, results):
         for result in results:
-            loop.number += 1
             passed = RESULTS[result]
-            self.rig.inbox.append((loop, loop.number, passed, "reason"))
+            self.rig.inbox.append((loop, next(loop.starts), passed, "reason"))
             if passed is not None:
                 self.results[loop.check.name].append(passed)
 
@@ -2664,8 +2984,8 @@ class Machine(stateful.RuleBasedStateMachine):
         for check in self.config.checks:
             loop = self.rig.loop(check.name)
             if loop.probing:
-                key = (loop, loop.probing[0])
-                if now >= self.hung.get(key, loop.probing[1] + check.timeout + hc.HANG_SLACK):
+                key = (loop, loop.probing)
+                if now >= self.hung.get(key, loop.probing + check.timeout + hc.HANG_SLACK):
                     self.results[check.name].append(False)
                     self.hung[key] = now + max(check.frequency, check.timeout)
         if now >= self.next_verdict:
@@ -2694,16 +3014,17 @@ class Machine(stateful.RuleBasedStateMachine):
             raise self.complaint
         self.note_wanted()
         if self.wanted:
-            assert now <= self.latest + SOON, "the marker does not look, or call, in time"
+            assert now <= self.latest + 2, "the marker does not look, or call, in time"
         if self.has_looked and self.wanted and not self.is_held() and self.fate != "recovers":
             assert self.has_called or starts != len(rig.rehearsal.starts), "a call is not made"
         assert starts == len(rig.rehearsal.starts) or not self.wanted, "a rehearsal beside a mark"
+        assert not (self.has_called and rig.rehearsal.child), "a rehearsal goes on beside a mark"
         marked = rig.marker.report.marked
         assert bool(marked) == self.stands, "a mark is forgotten, or made up"
         assert rig.writer.mark in (None, marked)
         assert rig.world.group != "Unhealthy" or self.stands
         for check in self.config.checks:
-            assert rig.main.watches[check.name].health == self.health(check)
+            assert rig.main.records[check.name].health == self.health(check)
         assert rig.main.verdict == self.verdict
 
     def let_pass(self, seconds):
@@ -2712,7 +3033,7 @@ class Machine(stateful.RuleBasedStateMachine):
             self.step()
             if self.rig.now >= end:
                 return
-            self.rig.now = min(end, self.rig.now + hc.LOOK)
+            self.rig.now = min(end, self.rig.now + hc.POLL_INTERVAL)
 
     # -- what may happen
 
@@ -2734,22 +3055,20 @@ class Machine(stateful.RuleBasedStateMachine):
     @rule(seconds=SECONDS)
     def probes_begin_and_hang_if_they_do_not_end_soon(self, seconds):
         for loop in self.idle():
-            loop.number += 1
-            loop.probing = (loop.number, self.rig.now)
+            loop.probing = self.rig.now + next(loop.starts) * 1e-9
         self.let_pass(seconds)
 
     @rule(result=one_of("p", "f", "x"), seconds=SECONDS)
     def begun_probes_end(self, result, seconds):
         for loop in self.rig.loops:
             if loop.probing:
-                number, loop.probing, passed = loop.probing[0], None, RESULTS[result]
-                self.rig.inbox.append((loop, number, passed, "late"))
-                is_known = self.rig.main.watches.get(loop.check.name, self).loop is loop
-                if is_known and (loop, number) not in self.hung and passed is not None:
+                start, loop.probing, passed = loop.probing, None, RESULTS[result]
+                self.rig.inbox.append((loop, start, passed, "late"))
+                record = self.rig.main.records.get(loop.check.name)
+                is_known = record and record.loop is loop
+                if is_known and (loop, start) not in self.hung and passed is not None:
                     self.results[loop.check.name].append(passed)
         self.let_pass(seconds)
-
-    loop = None  # (for a check that is not known any more)
 
     @rule(seconds=one_of(3.0, 45.0, 400.0, 86400.0))
     def the_whole_process_is_paused(self, seconds):
@@ -2776,28 +3095,25 @@ class Machine(stateful.RuleBasedStateMachine):
 
     @rule(
         state=one_of("InService", "InService", "InService", None, "Standby", "Warmed:Stopped"),
-        said_id=one_of("i-1", "i-1", "i-1", "i-stranger"),
+        problem=one_of("", "", "", "INSTANCE_ID is another machine's"),
         is_readable=one_of(True, True, False), seconds=SECONDS,
     )  # fmt: skip
-    def metadata_changes(self, state, said_id, is_readable, seconds):
-        instance = self.rig.world.instance._replace(lifecycle=state, said_id=said_id)
+    def metadata_changes(self, state, problem, is_readable, seconds):
+        instance = self.rig.world.instance._replace(lifecycle=state, problem=problem)
         self.rig.world.instance, self.rig.world.is_readable = instance, is_readable
         self.let_pass(seconds)
 
     @rule(
-        fate=one_of("good", "good", "refused", "lost", "unsent", "recovers"),
+        fate=one_of("good", "good", "refused", "page", "lost", "unsent", "recovers", "leaves"),
         seconds=one_of(0, 25, 400, 700),
     )  # fmt: skip
     def calls_have_this_fate_from_now_on(self, fate, seconds):
         self.fate = fate
         self.let_pass(seconds)
 
-    @rule(
-        line=one_of(None, "Ready to mark i-1", "A mark would not succeed now: x"),
-        seconds=one_of(0, 100),
-    )  # fmt: skip
-    def rehearsals_answer_so_from_now_on(self, line, seconds):
-        self.rig.rehearsal.line, self.rig.rehearsal.due = line, self.rig.now
+    @rule(why_not=one_of(None, "", "no route"), seconds=one_of(0, 100))
+    def rehearsals_end_so_from_now_on(self, why_not, seconds):
+        self.rig.rehearsal.why_not, self.rig.rehearsal.due = why_not, self.rig.now
         self.let_pass(seconds)
 
     def teardown(self):
@@ -2813,229 +3129,6 @@ class Machine(stateful.RuleBasedStateMachine):
 def test_daemon_and_marker_keep_the_contract_whatever_happens_to_them(logged):
     settings = hypothesis.settings(max_examples=EXAMPLES // 10, stateful_step_count=50)
     stateful.run_state_machine_as_test(Machine, settings=settings)
-
-
-# ---- The program, as a process -------------------------------------------------------------------
-
-
-class Program:
-    """The program running, with what it wrote so far."""
-
-    def __init__(self, *arguments, stdin="", env=None, prefix=(), flags=(), program=PROGRAM):
-        command = [*prefix, sys.executable, *flags, str(program), *arguments]
-        env = {"PATH": os.environ["PATH"], **(env or {})}
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        options = {"text": True, "env": env, "start_new_session": True}
-        self.process = subprocess.Popen(command, **pipes, **options)
-        self.process.stdin.write(stdin)
-        self.process.stdin.close()
-        self.out, self.err = [], []
-        pairs = (self.process.stdout, self.out), (self.process.stderr, self.err)
-        self.readers = [threading.Thread(target=self.read, args=pair) for pair in pairs]
-        for reader in self.readers:
-            reader.start()
-
-    def read(self, stream, lines):
-        for line in stream:
-            lines.append(line.rstrip("\n"))
-
-    @property
-    def lines(self):
-        return self.out + self.err
-
-    def count(self, pattern):
-        return len([line for line in self.lines if re.search(pattern, line)])
-
-    def wait_for(self, pattern, count=1):
-        """The `count`th line that contains `pattern`, as soon as it is there."""
-
-        def found():
-            matches = [line for line in self.lines if re.search(pattern, line)]
-            assert len(matches) >= count or self.process.poll() is None, self.lines
-            return len(matches) >= count and matches[count - 1]
-
-        return wait_until(found, pattern)
-
-    def more(self, pattern, count):
-        """Wait for so many more lines."""
-        self.wait_for(pattern, self.count(pattern) + count)
-
-    def wait(self):
-        status = self.process.wait(PATIENCE)
-        for reader in self.readers:
-            reader.join(PATIENCE)
-        return status
-
-    def stop(self, number=signal.SIGTERM):
-        """End it by a signal; returns the exit status and the seconds that it took."""
-        start = time.monotonic()
-        self.process.send_signal(number)
-        return self.wait(), time.monotonic() - start
-
-    def resources(self):
-        """Kilobytes of memory, threads and descriptors."""
-        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
-        memory, threads = re.findall(r"(?:VmRSS|Threads):\s+(\d+)", status)
-        return int(memory), int(threads), len(os.listdir(f"/proc/{self.process.pid}/fd"))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        # (The interpreter speaks for itself when it dies of a lack of memory.)
-        crashes = (-signal.SIGSEGV, -signal.SIGABRT)
-        assert "Traceback" not in "\n".join(self.lines) or self.process.returncode in crashes
-
-
-def run(*arguments, **options):
-    with Program(*arguments, **options) as program:
-        program.wait()
-    return program
-
-
-STOPPED = (0, PROMPTLY)
-
-
-@pytest.mark.parametrize("dashes", ["-", "--"])
-def test_version_and_help_which_fits_80_columns(dashes):
-    assert run(dashes + "version").out == [f"ec2-local-healthchecker {hc.__version__}"]
-    for name in ("h", "help"):
-        program = run("-verbose", dashes + name)
-        assert program.process.returncode == 0 and not program.err
-        assert all(f" -{option}" in "\n".join(program.out) for option in hc.OPTIONS)
-        assert all(len(line) <= 80 for line in program.out)
-
-
-@pytest.mark.parametrize("line, said", [
-    ("-nonsense", "'-nonsense' is no option"), ("-healthcheckfil x", "mean -healthcheckfile?"),
-    ("-test", "is no option"), ("-testconfig=maybe", "value of -testconfig is missing or wrong"),
-    ("-foreground true", "'true' is no option"), ("-healthcheckfile", "file is missing or wrong"),
-    ("-launchtime soon", "seconds since 1970"), ("-launchtime=1.5", "seconds since 1970"),
-    ("---foreground", "no option"), ("-", "no option"), ("-- x", "no option"), ("-=x", "no option"),
-    ("-launchtime 0x10", "seconds since 1970"), ("-healthcheckfile=", "is missing or wrong"),
-    ("help", "did you mean -help?"), ("status", "write -command status"),
-    ("-foreground=", "missing or wrong"),
-    ("-command restart", "-command takes one of install, remove, start, stop, status"),
-    ("-command=install -dry-run", "goes alone: the options of the service are in /etc/sysconfig"),
-    ("-fg-exit-early-if-healthy", "-fg-exit-early-if-healthy goes with -foreground"),
-])  # fmt: skip
-def test_usage_errors_are_one_line_and_status_2(line, said):
-    program = run(*line.split())
-    assert program.process.returncode == 2 and not program.out
-    assert len(program.err) == 1 and said in program.err[0]
-
-
-def test_testconfig_prints_the_effective_configuration_whatever_options_of_a_daemon_are_beside_it():
-    text = EXAMPLE + "    headers:\n      Authorization: secret\n"
-    program = run("-testconfig", "-dry-run", "-verbose=true", "--healthcheckfile=-", stdin=text)
-    assert program.process.returncode == 0
-    assert program.err == ["<stdin>:14: threashold: read as threshold: correct the spelling"]
-    shown = json.loads("\n".join(program.out))
-    rest = {"status": "200", "headers": {}, "tls_verify": True, "timeout": 1, "frequency": 10}
-    nginx = {**rest, "type": "http", "endpoint": "http://localhost:80/ping.html", "threshold": 10}
-    nginx.update(frequency=1, headers={"Authorization": "***"})
-    memcached = {**rest, "type": "tcp", "endpoint": "localhost:11211", "threshold": 4}
-    checks = {"memcached": memcached, "nginx": nginx}
-    assert shown == {"graceperiod": 10, "frequency": 10, "recovery": True, "checks": checks}
-
-
-def test_testconfig_needs_no_boto3_and_no_network(tmp_path):
-    (tmp_path / "f.yml").write_text(EXAMPLE)
-    command = f"{sys.executable} -I -S {PROGRAM} -testconfig -healthcheckfile {tmp_path}/f.yml"
-    done = in_namespace(f"exec {command}")
-    assert done.returncode == 0 and '"nginx"' in done.stdout
-
-
-@pytest.mark.parametrize("option", [["-testconfig"], ["-foreground"], ["-dry-run"], []])
-def test_a_bad_configuration_is_one_line_and_status_2(option):
-    program = run("-healthcheckfile", "-", *option, stdin="frequency: 10\n")
-    assert program.process.returncode == 2 and not program.out
-    assert program.err == ["<stdin>:1: frequency: '10' is no duration: write 10s"]
-
-
-@pytest.mark.parametrize("target", ["> /dev/full", ">&-"])
-def test_output_that_cannot_be_written_is_no_traceback(target):
-    command = f"exec {sys.executable} {PROGRAM} -help {target}"
-    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True)
-    assert "Traceback" not in done.stderr and done.returncode in (0, 1)
-
-
-@pytest.mark.parametrize("cut", [0.2, 0.5, 0.8, 0.97])
-def test_a_truncated_download_does_not_run_half_of_the_program_and_exit_0(tmp_path, cut):
-    lines = PROGRAM.read_text().splitlines(keepends=True)
-    starts = [n for n, line in enumerate(lines) if re.match("def |class ", line)]
-    place = min(starts, key=lambda start: abs(start - cut * len(lines)))  # the worst ones
-    (tmp_path / "half.py").write_text("".join(lines[:place]))
-    program = run("-version", program=tmp_path / "half.py")
-    assert program.process.returncode == 1 and not program.out
-    assert program.err == ["ec2-local-healthchecker: the file is incomplete: fetch it again"]
-
-
-def yaml_of(checks, **top):
-    rows = [f"{key}: {value}" for key, value in top.items()] + ["checks:"]
-    for name, keys in checks.items():
-        rows += [f"  {name}:"] + [f"    {key}: '{value}'" for key, value in keys.items()]
-    return "\n".join(rows) + "\n"
-
-
-DEAD = {"endpoint": "http://127.0.0.1:1/", "frequency": "100ms", "threshold": "3"}  # nobody listens
-
-
-def test_the_gate_on_the_command_line(serve):
-    web = {**DEAD, "endpoint": f"http://127.0.0.1:{serve(OK).port}/", "timeout": "2s"}
-    early = yaml_of({"web": web}, graceperiod="1h")
-    gate = ["-foreground", "-healthcheckfile=-"]
-    program = run(*gate, "-fg-exit-early-if-healthy=true", stdin=early)
-    assert program.process.returncode == 0 and "Gate: healthy" in program.out[-1]
-    program = run(*gate, stdin=yaml_of({"web": web}, graceperiod="9s", frequency="4s"))
-    assert program.process.returncode == 0 and program.count("s left: web healthy") == 2
-    program = run(*gate, stdin=yaml_of({"web": DEAD}, graceperiod="0", frequency="2s"))
-    assert program.process.returncode == 1 and "Gate: unhealthy" in program.err[-1]
-
-
-def test_a_gate_whose_results_are_all_spoiled_or_never_come_ends_at_its_time(serve):
-    """A server that never answers, no descriptors; a resolver that hangs is below."""
-    web = {"endpoint": f"http://127.0.0.1:{serve(talk=sending()).port}/", "threshold": "3"}
-    text = yaml_of({"web": web, "more": web}, graceperiod="4s", frequency="200ms")
-    with Program("-foreground", "-healthcheckfile=-", stdin=text) as program:
-        program.wait_for("left: ")
-        limit(program, "--nofile=3:4096")
-        assert program.wait() == 1
-    assert "Gate: " in program.err[-1]
-
-
-def test_the_launch_time_shortens_the_grace_period():
-    web = {"endpoint": "http://127.0.0.1:1/", "frequency": "100ms"}
-    text = yaml_of({"web": web}, graceperiod="1h", frequency="200ms")
-    launched = str(int(time.time()) - 1800)
-    with Program("-dry-run", "-healthcheckfile=-", "-launchtime", launched, stdin=text) as program:
-        seconds = re.search("grace period: (.*)s", program.wait_for("grace period"))[1]
-        assert 1700 < float(seconds) <= 1800
-        assert program.stop() == STOPPED
-
-
-def test_a_dry_run_needs_neither_boto3_nor_ec2_and_says_what_it_would_have_done():
-    text = yaml_of({"web": DEAD}, graceperiod="0", frequency="200ms")
-    env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1"}
-    program = Program("-dry-run", "-healthcheckfile=-", stdin=text, env=env, flags=["-S"])
-    with program:
-        line = program.wait_for("Dry run: would have marked")
-        assert "as Unhealthy: this instance: web failing (failed " in line
-        assert program.stop() == STOPPED and not program.count("Marked Instance|may stand")
-    assert any("INFO Stopped by SIGTERM" in line for line in program.out)
-    stamp = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z "
-    assert all(re.match(stamp + "(DEBUG|INFO) ", line) for line in program.out)
-    assert all(re.match(stamp + "(WARNING|ERROR) ", line) for line in program.err)
-
-
-def test_without_boto3_the_daemon_refuses_to_start():
-    program = run("-healthcheckfile=-", stdin=EXAMPLE, flags=["-I", "-S"])
-    assert program.process.returncode == 1 and not program.out
-    said = "ec2-local-healthchecker: boto3 is not installed: install the package python3-boto3 "
-    assert program.err == [said + "(apt-get or dnf; on RHEL it is in EPEL)"]
 
 
 RESOLVER = """\
@@ -3074,7 +3167,7 @@ def test_name_resolution_that_hangs_fails_the_check_and_keeps_nothing_from_endin
     {command} -foreground 9>&- > /dev/null 2>&1; echo gate $?
     exec 9>&-; wait"""  # fmt: skip
     output, err = in_namespace(script).stdout, (tmp_path / "err").read_text()
-    assert "no end after 0.3s: it hangs, in name resolution most likely" in err
+    assert "no end after 0.3s: it hangs, probably in name resolution" in err
     assert re.search("would have marked.*hangs failing .*; tcp failing", err)
     status, milliseconds = re.search(r"status (\d+) after (\d+) ms", output).groups()
     assert status == "0" and int(milliseconds) / 1000 == PROMPTLY and "gate 1" in output
@@ -3083,7 +3176,282 @@ def test_name_resolution_that_hangs_fails_the_check_and_keeps_nothing_from_endin
     assert 0.8 < (moments[1] - moments[0]).total_seconds() < 20  # three more failures, 300 ms apart
 
 
-# ---- Faults, from outside of the process ---------------------------------------------------------
+def test_a_pause_of_the_process_any_number_of_times_is_no_evidence(cloud, serve):
+    port = serve(talk=sending(OK.encode(), pause=0.05)).port
+    web = {"endpoint": f"http://127.0.0.1:{port}/", "frequency": "100ms"}
+    tcp = {"type": "tcp", "endpoint": f"127.0.0.1:{port}", "frequency": "50ms"}
+    checks = {"web": web, "tcp": tcp}
+    checks = {name: {**check, "timeout": "4s", "threshold": "2"} for name, check in checks.items()}
+    with sick(cloud, checks=checks) as program:
+        program.wait_for("Verdict healthy")
+        for _ in range(2):
+            program.process.send_signal(signal.SIGSTOP)
+            time.sleep(5)  # longer than a timeout, and many periods
+            program.process.send_signal(signal.SIGCONT)
+            program.more("Probe of web", 5)
+        for name in checks:  # at most one failure for each pause, and none after it
+            assert program.count(rf"Check {name} failed \(1 of 2\)") <= 2
+        assert not program.count(" failing ") and not cloud.gateway.calls
+        assert program.stop() == STOPPED
+
+
+# ---- Service commands ----------------------------------------------------------------------------
+
+BOOTED = "mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/system /run/healthchecker && "
+USER = "setpriv --reuid=54321 --inh-caps=+dac_read_search --ambient-caps=+dac_read_search"
+NOTE = "mount -t tmpfs tmpfs /var/lib && cd /var/lib && mkdir healthchecker && "
+NOTE += "printf 'i-1 eu-west-1' > healthchecker/marked &&"
+
+
+def service_command(tmp_path, command, systemctl="", script="", prefix="", program=PROGRAM):
+    """A -command where systemd seems to run (a mount namespace), and systemctl prints this."""
+    (tmp_path / "systemctl").write_text(f"#!/bin/sh\ncat <<'END'\n{systemctl}\nEND\n")
+    (tmp_path / "systemctl").chmod(0o755)
+    line = f"{BOOTED}{script} exec {prefix} {sys.executable} {program} -command {command}"
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", line], env=env, **CAPTURED)
+    output = done.stdout + done.stderr.replace("ec2-local-healthchecker: ", "")
+    return done.returncode, output.strip()
+
+
+@pytest.mark.parametrize("command", ["install", "remove", "start", "stop"])
+def test_what_changes_the_service_needs_root(tmp_path, command):
+    said = service_command(tmp_path, command, prefix=USER)
+    assert said == (1, f"-command {command} needs root: run it with sudo")
+
+
+@pytest.mark.parametrize("systemctl, options, said", [
+    ("systemd 239 (239-58.el8)", {}, "the service needs systemd 240 or newer"),
+    ("toybox 0.8", {}, "the service needs systemd 240 or newer"),
+    ("", {"script": f"cat {PROGRAM} |", "program": "-"},
+     "it was run from standard input: fetch it into a file first, and run that"),
+])  # fmt: skip
+def test_install_refuses_what_cannot_work(tmp_path, systemctl, options, said):
+    assert service_command(tmp_path, "install", systemctl, **options) == (1, said)
+
+
+@pytest.mark.parametrize("command", hc.COMMANDS)
+def test_where_systemd_does_not_run_each_command_says_so(command):
+    program = run("-command", command)  # systemd is not PID 1 here
+    said = "systemd does not run here: run this where it has booted the machine"
+    assert program.process.returncode == 1 and program.lines == [f"ec2-local-healthchecker: {said}"]
+
+
+ACTIVE = """\
+ActiveState=active
+SubState=running
+ActiveEnterTimestamp=Sun 2026-11-22
+InactiveEnterTimestamp=Sat 2026-11-21
+UnitFileState=enabled
+NRestarts=0
+StatusText=
+MainPID=42"""
+STOPPED_STATE = ACTIVE.replace("=active", "=inactive").replace("running", "dead").replace("42", "0")
+
+
+@pytest.mark.parametrize("could_mark, status", [(True, 0), (False, 4), (None, 0)])
+def test_status_says_first_what_an_operator_wants_first(rig, tmp_path, could_mark, status):
+    start = time.monotonic() - 15
+    rig = rig(text_of(["graceperiod: 0"], {"a": [], "bbb": [], "c": []}), start=start)
+    rig.probe("fff", "a", 0)
+    rig.probe("fpppp", "bbb", 0)
+    rig.step(10)
+    why_not = {True: "", False: "no route -- check routes", None: None}[could_mark]
+    rig.marker.publish(why_not=why_not)
+    rig.main.directory = str(tmp_path)
+    rig.main.show(rig.now)
+    copy = f"cp {tmp_path}/status.json /run/healthchecker && "
+    code, text = service_command(tmp_path, "status", ACTIVE, copy)
+    assert code == status
+    first = "unhealthy: a failing (failed 3 in a row, threshold 3) at http://localhost:80/: refused"
+    if could_mark is False:
+        first = f"A mark would not succeed now: {why_not}; {first}"
+    assert text.startswith(f"{first}; marking as Unhealthy, calls so far: 1\n")
+    ago = "-?[0-9]+s ago"
+    assert re.fullmatch(fr"""
+healthchecker: active \(running\) since Sun 2026-11-22, enabled, restarts: 0
+CHECK  STATE    IN A ROW                ENDPOINT
+a      failing  failed 3 \(threshold 3\)  http://localhost:80/
+  last failure {ago}: refused
+bbb    healthy  passed 4 \(threshold 3\)  http://localhost:80/
+  last failure {ago}: refused
+c      unknown  passed 0 \(threshold 3\)  http://localhost:80/
+a mark of its own may stand
+last call: Unhealthy, {ago}: it succeeded""", text[text.index("\n"):]), text  # fmt: skip
+
+
+def test_status_exits_with_3_when_the_service_does_not_run(tmp_path):
+    said = "healthchecker: inactive (dead) since Sat 2026-11-21, enabled, restarts: 0"
+    assert service_command(tmp_path, "status", STOPPED_STATE) == (3, said)
+    never = re.sub("(Timestamp|UnitFileState)=.*", r"\1=", STOPPED_STATE)
+    said = "healthchecker: inactive (dead), not installed, restarts: 0"
+    code, text = service_command(tmp_path, "status", never, NOTE)
+    take_back = hc.how_to_take_back("i-1 eu-west-1")
+    assert (code, text) == (3, f"{said}\n{take_back}")
+    words = STOPPED_STATE.replace("Text=", f"Text={take_back}")  # as an ordinary user sees it too
+    for script in ("", NOTE):
+        code, text = service_command(tmp_path, "status", words, script)
+        assert code == 3 and text.count("The group may still hold i-1 as Unhealthy") == 1
+
+
+def test_status_shows_why_a_service_does_not_come_up(tmp_path):
+    state = STOPPED_STATE.replace("inactive", "activating").replace("dead", "auto-restart")
+    state = state.replace("StatusText=", "StatusText=f.yml:3: why")
+    code, text = service_command(tmp_path, "status", state)
+    assert code == 3 and text.endswith("\nits last words: f.yml:3: why")
+
+
+@pytest.mark.parametrize("age, is_old", [(119, False), (121, True)])
+def test_an_old_status_file_is_told_as_such(rig, tmp_path, age, is_old):
+    rig = rig(start=time.monotonic() - age)
+    rig.main.directory = str(tmp_path)
+    rig.main.show(rig.now)
+    copy = f"cp {tmp_path}/status.json /run/healthchecker && "
+    code, text = service_command(tmp_path, "status", ACTIVE, copy)
+    assert code == 0 and text.startswith(f"{hc.STATUS_FILE} is 1") == is_old
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": "1.0.0"}'])
+def test_a_status_file_of_another_version_is_told_as_such(tmp_path, content):
+    write = f"echo '{content}' > {hc.STATUS_FILE} && "
+    code, text = service_command(tmp_path, "status", ACTIVE, write)
+    assert code == 0 and "is not there (yet), or not of this version" in text
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dashes", ["-", "--"])
+def test_version_and_help_which_fits_80_columns(dashes):
+    assert run(dashes + "version").out == [f"ec2-local-healthchecker {hc.__version__}"]
+    for name in ("h", "help"):
+        program = run("-verbose", dashes + name)
+        assert program.process.returncode == 0 and not program.err
+        assert all(f" -{option}" in "\n".join(program.out) for option in hc.OPTIONS)
+        assert all(len(line) <= 80 for line in program.out)
+
+
+@pytest.mark.parametrize("line, said", [
+    ("-nonsense", "'-nonsense' is not an option"), ("-healthcheckfil x", "mean -healthcheckfile?"),
+    ("-test", "is not an option"), ("-testconfig=maybe", "of -testconfig is missing or wrong"),
+    ("-foreground true", "'true' is not an option"), ("-healthcheckfile", "file is missing"),
+    ("-launchtime soon", "since 1970"), ("-launchtime=1.5", "since 197"), ("-foreground=", "wrong"),
+    ("---foreground", "an option"), ("-", "an option"), ("-- x", "an option"), ("-=x", "an option"),
+    ("-launchtime 0x10", "seconds since 1970"), ("-healthcheckfile=", "is missing or wrong"),
+    ("help", "did you mean -help?"), ("status", "'status' is not an option (-h lists them)"),
+    ("-command restart", "-command takes one of install, remove, status, start, stop"),
+    ("-command=install -dry-run", "goes alone: the options of the service are in /etc/sysconfig"),
+    ("-fg-exit-early-if-healthy", "-fg-exit-early-if-healthy goes with -foreground"),
+])  # fmt: skip
+def test_usage_errors_are_one_line_and_status_2(line, said):
+    program = run(*line.split())
+    assert program.process.returncode == 2 and not program.out
+    assert len(program.err) == 1 and said in program.err[0]
+
+
+def test_testconfig_prints_the_effective_configuration():
+    text = EXAMPLE + "    headers:\n      Authorization: secret\n"
+    program = run("-testconfig", "-dry-run", "-verbose=true", "--healthcheckfile=-", stdin=text)
+    assert program.process.returncode == 0
+    assert program.err == ["<stdin>:14: threashold: read as threshold: correct the spelling"]
+    shown = json.loads("\n".join(program.out))
+    rest = {"status": "200", "headers": {}, "tls_verify": True, "timeout": 1, "frequency": 10}
+    nginx = {**rest, "type": "http", "endpoint": "http://localhost:80/ping.html", "threshold": 10}
+    nginx.update(frequency=1, headers={"Authorization": "***"})
+    memcached = {**rest, "type": "tcp", "endpoint": "localhost:11211", "threshold": 4}
+    checks = {"memcached": memcached, "nginx": nginx}
+    assert shown == {"graceperiod": 10, "frequency": 10, "recovery": True, "checks": checks}
+
+
+def test_testconfig_needs_no_boto3_and_no_network(tmp_path):
+    (tmp_path / "f.yml").write_text(EXAMPLE)
+    command = f"{sys.executable} -I -S {PROGRAM} -testconfig -healthcheckfile {tmp_path}/f.yml"
+    done = in_namespace(f"exec {command}")
+    assert done.returncode == 0 and '"nginx"' in done.stdout
+
+
+@pytest.mark.parametrize("option", [["-testconfig"], ["-foreground"], ["-dry-run"], []])
+def test_a_bad_configuration_is_one_line_and_status_2(option):
+    program = run("-healthcheckfile", "-", *option, stdin="frequency: 10\n")
+    assert program.process.returncode == 2 and not program.out
+    assert program.err == ["<stdin>:1: frequency: '10' is not a duration: write 10s"]
+
+
+@pytest.mark.parametrize("target", ["> /dev/full", ">&-"])
+def test_output_that_cannot_be_written_is_no_traceback(target):
+    command = f"exec {sys.executable} {PROGRAM} -help {target}"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in done.stderr and done.returncode in (0, 1)
+
+
+@pytest.mark.parametrize("cut", [0.2, 0.5, 0.8, 0.97])
+def test_a_truncated_download_does_not_run_half_of_the_program_and_exit_0(tmp_path, cut):
+    lines = PROGRAM.read_text().splitlines(keepends=True)
+    starts = [n for n, line in enumerate(lines) if re.match("def |class ", line)]
+    place = min(starts, key=lambda start: abs(start - cut * len(lines)))  # the worst ones
+    (tmp_path / "half.py").write_text("".join(lines[:place]))
+    program = run("-version", program=tmp_path / "half.py")
+    assert program.process.returncode == 1 and not program.out
+    assert program.err == ["ec2-local-healthchecker: the file is incomplete: fetch it again"]
+
+
+def test_a_gate_is_refused_as_the_main_process_of_a_service(serve):
+    web = {**DEAD, "endpoint": f"http://127.0.0.1:{serve(OK).port}/", "timeout": "20s"}
+    gate = ["-foreground", "-fg-exit-early-if-healthy", "-healthcheckfile=-"]
+    for pid, status in ("$$", 2), ("1", 0):
+        prefix = ["sh", "-c", f'WATCHDOG_PID={pid} NOTIFY_SOCKET=/no exec "$@"', "sh"]
+        program = run(*gate, prefix=prefix, stdin=yaml_of({"web": web}))
+        assert program.process.returncode == status
+        said = "-foreground is not for a service: remove it from /etc/sysconfig/healthchecker"
+        assert (program.err == [f"ec2-local-healthchecker: {said}"]) == (status == 2)
+
+
+def test_a_daemon_without_standard_streams_works(cloud, tmp_path):
+    (tmp_path / "f.yml").write_text(yaml_of({"web": DEAD}, graceperiod="0", frequency="200ms"))
+    words = [sys.executable, str(PROGRAM), "-healthcheckfile", f"{tmp_path}/f.yml"]
+    env = {**os.environ, **cloud.env, "RUNTIME_DIRECTORY": f"{tmp_path}:/elsewhere"}
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    process = subprocess.Popen(closed + words, env=env)
+    try:
+        marked(cloud)
+        links = [os.readlink(f"/proc/{process.pid}/fd/{number}") for number in range(3)]
+        assert links == ["/dev/null"] * 3
+        assert json.loads((tmp_path / "status.json").read_text())["verdict"] == "unhealthy"
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_launch_time_shortens_the_grace_period():
+    web = {"endpoint": "http://127.0.0.1:1/", "frequency": "100ms"}
+    text = yaml_of({"web": web}, graceperiod="1h", frequency="200ms")
+    launched = str(int(time.time()) - 1800)
+    with Program("-dry-run", "-healthcheckfile=-", "-launchtime", launched, stdin=text) as program:
+        seconds = re.search("grace period: (.*)s", program.wait_for("grace period"))[1]
+        assert 1700 < float(seconds) <= 1800
+        assert program.stop() == STOPPED
+
+
+def test_a_dry_run_needs_neither_boto3_nor_ec2_and_says_what_it_would_have_done():
+    text = yaml_of({"web": DEAD}, graceperiod="0", frequency="200ms")
+    env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1"}
+    program = Program("-dry-run", "-healthcheckfile=-", stdin=text, env=env, flags=["-S"])
+    with program:
+        line = program.wait_for("Dry run: would have marked")
+        assert "as Unhealthy: this-instance: web failing (failed " in line
+        assert program.stop() == STOPPED and not program.count("Marked Instance|may stand")
+    assert any("INFO Stopped by SIGTERM" in line for line in program.out)
+    assert all(re.match(STAMP + "(DEBUG|INFO) ", line) for line in program.out)
+    assert all(re.match(STAMP + "(WARNING|ERROR) ", line) for line in program.err)
+
+
+def test_without_boto3_the_daemon_refuses_to_start():
+    program = run("-healthcheckfile=-", stdin=EXAMPLE, flags=["-I", "-S"])
+    assert program.process.returncode == 1 and not program.out
+    said = "ec2-local-healthchecker: boto3 is not installed: install the package python3-boto3 "
+    assert program.err == [said + "(apt-get or dnf; on RHEL it is in EPEL)"]
 
 
 def test_the_main_job_with_nginx_memcached_boto3_and_auto_scaling(cloud, nginx, request):
@@ -3115,141 +3483,6 @@ def test_the_main_job_with_nginx_memcached_boto3_and_auto_scaling(cloud, nginx, 
         assert cloud.gateway.most_at_once == 1 and program.stop() == STOPPED
 
 
-def sick(cloud, *arguments, checks=None, top=None, env=None, **options):
-    """The program where the service is dead (or with these checks), with times scaled down."""
-    top = {"graceperiod": "0", "frequency": "300ms", **(top or {})}
-    text = yaml_of(checks or {"web": DEAD}, **top)
-    env = {**cloud.env, **(env or {})}
-    return Program("-healthcheckfile=-", "-verbose", *arguments, stdin=text, env=env, **options)
-
-
-@pytest.fixture
-def passing_at_first(serve):
-    """A service that passes: its check, and what makes it fail from then on."""
-    server = serve(OK)
-    web = {**DEAD, "endpoint": f"http://127.0.0.1:{server.port}/", "timeout": "20s"}
-    return web, lambda: server.answers.extend(["HTTP/1.1 500 No\r\n\r\n"] * 2)
-
-
-def marked(cloud):
-    return wait_until(lambda: cloud.health() == "Unhealthy", "the mark")
-
-
-def limit(program, *options):
-    subprocess.run(["prlimit", "--pid", str(program.process.pid), *options], check=True)
-
-
-def resetting(request):
-    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    request.connection.close()
-    request.close_connection = True
-    return True
-
-
-def hanging(request):
-    request.connection.recv(1)  # returns when the other side has given up
-    return True
-
-
-AWS_FAULTS = {
-    "throttling": (refusing(400, "Throttling", "Rate exceeded"), "Throttling.* -- AWS limits the"),
-    "500": (refusing(500, "InternalFailure", "An error"), "InternalFailure.* -- AWS has a fault"),
-    "malformed": (lambda request: request.answer(PAGE), " -- something else answers there"),
-    "page": (lambda request: request.answer(XHTML), "no AWS request id .* -- something else answ"),
-    "reset": (resetting, "Connection.* -- look at routes"),
-    "hang": (hanging, "[Tt]imeout.* -- look at routes"),
-    "denied": (refusing(403, "AccessDenied", DENIAL), f"explicit deny .* -- allow {hc.PERMISSION}"),
-    "no group": (refusing(400, "ValidationError", "No managed instance found"), " -- attach the"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", AWS_FAULTS)
-def test_the_mark_gets_through_when_a_fault_of_aws_ends(cloud, fault):
-    cloud.gateway.fault, said = AWS_FAULTS[fault]
-    broken = cloud.gateway.fault
-    with sick(cloud) as program:
-        line = program.wait_for("Could not mark", 1 if fault == "hang" else 2)
-        start = f"ERROR Could not mark {cloud.instance} as Unhealthy, again in "
-        assert re.search(f"{start}.*{said}", line), line
-        program.more("Probe of web", 5)
-        assert program.resources()[1] == 4  # main, writer, check, marker: never a second marker
-        assert 0 <= len(cloud.gateway.calls) - program.count("Could not mark") <= 1
-        cloud.gateway.fault = None
-        marked(cloud)
-        program.wait_for("Marked Instance as Unhealthy")
-        # (The gateway sees the end of a hung attempt a moment later than the program.)
-        assert cloud.gateway.most_at_once <= (2 if fault == "hang" else 1)
-        cloud.gateway.fault, calls = broken, len(cloud.gateway.calls)
-        wait_until(lambda: len(cloud.gateway.calls) > calls, "a call")
-        assert program.stop() == STOPPED
-
-
-def test_as_its_unit_runs_it_it_is_compiled_rehearses_from_its_source_and_marks(cloud, tmp_path):
-    compiled, web = tmp_path / "program.pyc", {**DEAD, "threshold": "30"}
-    script = "import py_compile, sys; sys.exit(not py_compile.compile(*sys.argv[1:]))"
-    subprocess.run([sys.executable, "-I", "-c", script, str(PROGRAM), str(compiled)], check=True)
-    with sick(cloud, flags=["-I"], program=compiled, checks={"web": web}) as program:
-        words = pathlib.Path(f"/proc/{program.process.pid}/cmdline").read_text().split("\0")
-        assert words[1:4] == ["-I", str(compiled), "-healthcheckfile=-"]
-        program.wait_for(f"Ready to mark {cloud.instance} in eu-west-1")
-        compiled.write_bytes(b"unreadable")  # as an upgrade of Python leaves it
-        marked(cloud)
-        assert program.stop() == STOPPED
-    assert any("A mark of this program may stand on" in line for line in program.err)
-
-
-MARKED = '<SetInstanceHealthResponse xmlns="http://autoscaling.amazonaws.com/doc/2011-01-01/"/>'
-MARKED = f"x-amzn-RequestId: r\r\nContent-Length: {len(MARKED)}\r\n\r\n{MARKED}"
-MARKED = OK.replace("Content-Length: 2\r\n\r\nok", MARKED)
-
-
-def test_a_call_by_https_works_though_ssl_was_hidden_from_http_client(cloud, serve, tmp_path):
-    AUTHORITY.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    url = f"https://127.0.0.1:{serve(MARKED, tls=certified(IP)).port}"
-    env = {"AWS_ENDPOINT_URL_AUTO_SCALING": url, "AWS_CA_BUNDLE": str(tmp_path / "ca.pem")}
-    with sick(cloud, env=env) as program:
-        program.wait_for("Marked Instance as Unhealthy")
-
-
-def test_credentials_that_come_late_are_found(cloud):
-    held = cloud.metadata.items.pop(Metadata.ROLE)
-    with sick(cloud, top={"graceperiod": "3s"}) as program:
-        why = ".*locate credentials -- give the instance a profile whose role"
-        program.wait_for("A mark would not succeed now: " + why)
-        program.wait_for("Could not mark " + why, 2)
-        cloud.metadata.items[Metadata.ROLE] = held
-        marked(cloud)
-
-
-def test_a_proxy_in_the_environment_is_for_aws_and_not_for_metadata_or_probes(cloud, serve):
-    proxy = serve(MARKED)
-    env = dict.fromkeys(("http_proxy", "HTTP_PROXY"), f"http://127.0.0.1:{proxy.port}")
-    with sick(cloud, env={**env, "AWS_ENDPOINT_URL_AUTO_SCALING": "http://aws.example"}) as program:
-        program.wait_for("Marked Instance as Unhealthy")
-    asked = {request.partition("\r")[0] for request in proxy.requests}
-    assert asked == {"POST http://aws.example/ HTTP/1.1"}
-    assert any(path.endswith(Metadata.ROLE + "role") for _, path in cloud.metadata.requests)
-
-
-def test_a_pause_of_the_process_any_number_of_times_is_no_evidence(cloud, serve):
-    port = serve(talk=sending(OK.encode(), pause=0.05)).port
-    web = {"endpoint": f"http://127.0.0.1:{port}/", "frequency": "100ms"}
-    tcp = {"type": "tcp", "endpoint": f"127.0.0.1:{port}", "frequency": "50ms"}
-    checks = {"web": web, "tcp": tcp}
-    checks = {name: {**check, "timeout": "4s", "threshold": "2"} for name, check in checks.items()}
-    with sick(cloud, checks=checks) as program:
-        program.wait_for("Verdict healthy")
-        for _ in range(2):
-            program.process.send_signal(signal.SIGSTOP)
-            time.sleep(5)  # longer than a timeout, and many periods
-            program.process.send_signal(signal.SIGCONT)
-            program.more("Probe of web", 5)
-        for name in checks:  # at most one failure for each pause, and none after it
-            assert program.count(rf"Check {name} failed \(1 of 2\)") <= 2
-        assert not program.count(" failing ") and not cloud.gateway.calls
-        assert program.stop() == STOPPED
-
-
 def test_a_signal_at_any_moment_ends_it_within_a_second_and_without_a_traceback(cloud):
     times = []
     for n in range(20):
@@ -3264,190 +3497,7 @@ def test_a_signal_at_any_moment_ends_it_within_a_second_and_without_a_traceback(
     assert sorted(times)[13] < 1
 
 
-@pytest.mark.parametrize("fault", ["full disk", "closed pipe", "nobody reads"])
-def test_a_log_that_cannot_be_written_stops_nothing(cloud, tmp_path, fault):
-    (tmp_path / "f.yml").write_text(yaml_of({"web": DEAD}, graceperiod="0", frequency="300ms"))
-    reader, end = full_pipe()
-    if fault == "full disk":
-        end = os.open("/dev/full", os.O_WRONLY)
-    elif fault == "closed pipe":
-        os.close(reader)
-    command = [sys.executable, str(PROGRAM), "-verbose", "-healthcheckfile", f"{tmp_path}/f.yml"]
-    env = {**os.environ, **cloud.env, "STATE_DIRECTORY": str(tmp_path)}
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=end, stderr=end, env=env)
-    try:
-        marked(cloud)
-        wait_until(lambda: len(cloud.gateway.marks()) >= 3, "more calls")
-        start = time.monotonic()
-        process.terminate()
-        assert process.wait(PATIENCE) == 0 and time.monotonic() - start == PROMPTLY
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_a_mark_is_remembered_over_a_restart_and_taken_back_once(cloud, serve, tmp_path):
-    env, mark = {"STATE_DIRECTORY": str(tmp_path)}, tmp_path / "marked"
-    with sick(cloud, env=env) as program:
-        marked(cloud)
-        wait_until(mark.exists, "the note of it")
-        assert mark.read_text() == cloud.instance
-        program.process.kill()
-        program.wait()
-    web = {"web": {**DEAD, "endpoint": f"http://127.0.0.1:{serve(OK).port}/"}}
-    for note in (cloud.instance, "i-0parent", ""):  # of the machine that an image was made from
-        mark.write_text(note)
-        with sick(cloud, env=env, checks=web) as program:
-            program.wait_for("Verdict healthy")
-            wait_until(lambda: not mark.read_text(), "the end of the note")
-            program.more("Probe of web", 8)
-            assert program.stop() == STOPPED
-        assert cloud.health() == "Healthy" and len(cloud.gateway.marks("Healthy")) == 1
-
-
-@pytest.mark.parametrize("megabytes", [1, 3, 6])
-def test_a_memory_limit_reached_while_boto3_is_imported_is_survived(
-    cloud, passing_at_first, megabytes
-):
-    web, fail = passing_at_first
-    with sick(cloud, checks={"web": web}) as program:
-        program.wait_for("Ready to mark")
-        status = pathlib.Path(f"/proc/{program.process.pid}/status").read_text()
-        size = int(re.search(r"VmData:\s+(\d+) kB", status)[1]) * 1024
-        limit(program, f"--data={size + megabytes * 2**20}:unlimited")
-        fail()
-        said, end = "Could not mark|fault of this program", time.monotonic() + 10
-        # (There may be no memory for a line on it.)
-        wait_until(lambda: program.count(said) or time.monotonic() > end, "the shortage")
-        # CPython itself may crash when memory runs out; then systemd starts the program again.
-        with contextlib.suppress(subprocess.CalledProcessError):  # (it may have by now)
-            limit(program, "--data=unlimited:unlimited")
-        wait_until(lambda: program.process.poll() or cloud.health() == "Unhealthy", "the mark")
-        crashed = program.process.poll()
-        assert crashed in (None, -signal.SIGSEGV, -signal.SIGABRT)
-    if crashed:
-        with sick(cloud) as program:
-            marked(cloud)
-
-
-def test_boto3_broken_after_the_start_and_repaired_is_found_again(
-    cloud, passing_at_first, tmp_path
-):
-    import boto3
-
-    home, ours = pathlib.Path(boto3.__file__).parent, tmp_path / "boto3"
-    ours.symlink_to(home)
-    (tmp_path / "part.py").touch()
-    web, fail = passing_at_first
-    with sick(cloud, env={"PYTHONPATH": str(tmp_path)}, checks={"web": web}) as program:
-        program.wait_for("Ready to mark")
-        ours.unlink()
-        ours.mkdir()
-        fault = "import sys; assert 'part' not in sys.modules; import part, no"
-        (ours / "__init__.py").write_text(fault)
-        fail()
-        program.wait_for("Could not mark .*named 'no' -- boto3 is missing or broken: install", 2)
-        shutil.rmtree(ours)
-        ours.symlink_to(home)
-        marked(cloud)
-
-
-FREEZING = """\
-import os, sys
-if "-rehearse" in sys.argv:  # as one whose disk hangs
-    with open("{group}/cgroup.procs", "w") as file:
-        file.write("0")
-    with open("{group}/freezer.state", "w") as file:
-        file.write("FROZEN")
-sys.path.remove("{folder}")
-del sys.modules["boto3"]
-import boto3
-"""
-
-
-def test_a_rehearsal_that_cannot_be_killed_keeps_neither_ready_nor_a_mark_from_coming(
-    cloud, passing_at_first, tmp_path
-):
-    web, fail = passing_at_first
-    group = pathlib.Path(f"/sys/fs/cgroup/freezer/healthchecker-{os.getpid()}")
-    group.mkdir()
-    (tmp_path / "boto3").mkdir()
-    (tmp_path / "boto3" / "__init__.py").write_text(FREEZING.format(group=group, folder=tmp_path))
-    try:
-        with service_manager(tmp_path) as (env, messages):
-            env = {**env, "PYTHONPATH": str(tmp_path), "RUNTIME_DIRECTORY": str(tmp_path)}
-            with sick(cloud, env=env, checks={"web": web}) as program:
-                wait_until(lambda: said(messages, "READY=1"), "READY")
-                child = wait_until(lambda: (group / "cgroup.procs").read_text(), "the rehearsal")
-                program.wait_for("Verdict healthy")
-                assert json.loads((tmp_path / "status.json").read_text())["could_mark"] is None
-                fail()
-                marked(cloud)
-                assert program.stop() == STOPPED
-                assert (group / "cgroup.procs").read_text() == child
-    finally:
-        (group / "freezer.state").write_text("THAWED")
-        wait_until(lambda: not (group / "cgroup.procs").read_text(), "its end")
-        group.rmdir()
-
-
-def test_systemd_is_told_what_its_protocol_asks_for(cloud, tmp_path):
-    web = {"web": {**DEAD, "threshold": "1000"}}
-    with service_manager(tmp_path) as (env, messages), sick(cloud, env=env, checks=web) as program:
-        program.wait_for("Ready to mark")
-        assert messages[0][1].startswith("READY=1\nSTATUS=undecided: web ")
-        wait_until(lambda: len(said(messages, "WATCHDOG=1")) >= 4, "the watchdog to be fed")
-        assert min(gaps(said(messages, "WATCHDOG=1"))) < 15  # of the unit's 60
-        program.process.send_signal(signal.SIGSTOP)
-        time.sleep(1)
-        fed = len(said(messages, "WATCHDOG=1"))
-        time.sleep(4)
-        assert len(said(messages, "WATCHDOG=1")) == fed  # a main thread that is stuck feeds none
-        program.process.send_signal(signal.SIGCONT)
-        wait_until(lambda: len(said(messages, "WATCHDOG=1")) > fed, "the watchdog to be fed again")
-        assert program.stop() == STOPPED
-        wait_until(lambda: said(messages, "STOPPING=1"), "STOPPING")
-        assert said(messages, "STATUS=stopped by SIGTERM")
-
-
-CAPTURED = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-
-
-JOURNAL = """\
-import pathlib, socket, subprocess, sys
-journal = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-journal.bind("/dev/log")
-subprocess.run(sys.argv[1:])
-journal.setblocking(False)
-while True:
-    try:
-        print(journal.recv(65536).decode(), flush=True)
-    except BlockingIOError:
-        break
-"""
-
-
-@pytest.mark.parametrize("system, name", [("/no", "f.yml"), ("/no", "bad.yml"), ("", "f.yml")])
-def test_what_warns_goes_to_the_journal_and_a_full_one_holds_up_nothing(tmp_path, system, name):
-    (tmp_path / "f.yml").write_text(yaml_of({"web": DEAD}, graceperiod="0", frequency="200ms"))
-    (tmp_path / "bad.yml").write_text("checks:\n  a: b\n")
-    script = (
-        f"mount -t tmpfs tmpfs /dev && mknod /dev/null c 1 3 && {sys.executable} -c '{JOURNAL}' "
-    )
-    script += f"timeout 4 {sys.executable} {PROGRAM} -dry-run -healthcheckfile {tmp_path}/{name}"
-    env = {**os.environ, "NOTIFY_SOCKET": system}
-    done = subprocess.run(["unshare", "--mount", "sh", "-c", script], env=env, **CAPTURED)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("<")]
-    said = f"{tmp_path}/bad.yml:2: a: a check has keys, indented below its name: write at least"
-    if not system:
-        assert not lines
-    elif name == "bad.yml":
-        assert len(lines) == 1 and lines[0].startswith(f"<3>healthchecker: {said}")
-        assert done.stderr.strip() == lines[0].split(": ", 1)[1]
-    else:  # nobody reads, and the socket takes some ten: it has ended in its time all the same
-        said = "Check web failed (1 of 3): 127.0.0.1 port 1: Connection refused"
-        assert lines[0] == f"<4>healthchecker: {said}" and "INFO" not in "".join(lines)
-        assert "INFO Stopped by SIGTERM" in done.stdout
+# ---- The repository ------------------------------------------------------------------------------
 
 
 def test_no_wait_depends_on_the_wall_clock():
@@ -3456,144 +3506,6 @@ def test_no_wait_depends_on_the_wall_clock():
     assert re.findall(r"\S+\.wait\([^)]+\)", text) == ["self.wait(pause)"]  # of class Stepper
     assert not re.search(r"thread\.join|acquire\(|import queue|get\(timeout", text)
     assert hc.Stepper.wait is time.sleep
-
-
-def test_a_hundred_checks_of_all_sorts_leak_nothing_and_keep_their_rates(cloud, serve):
-    servers = [serve(talk=talk) for talk in (lambda _: None, sending(), sending(drip=b"H"))]
-    for answer in (OK, redirect("/"), "HTTP/1.1 500 No\r\n\r\n", "HTTP/1.1 103 A\r\n\r\n" + OK):
-        servers.append(serve(answer))
-    urls = [f"http://127.0.0.1:{server.port}/" for server in servers] + ["http://127.0.0.1:1/"]
-    urls.append(f"https://127.0.0.1:{serve(OK, tls=certified(IP)).port}/")
-    checks = {f"tcp{n}": {"type": "tcp", "endpoint": urls[3][7:-1]} for n in range(5)}
-    for n in range(95):
-        web = {"endpoint": urls[n % len(urls)], "tls_verify": "false", "threshold": "999999"}
-        checks[f"web{n}"] = {**web, "timeout": "500ms"}
-    with sick(cloud, checks=checks, top={"frequency": "2s"}) as program:
-        program.wait_for("Ready to mark")
-        program.more("Probe of web94 ", 2)
-        before, start = program.resources(), time.monotonic()
-        first = {name: program.count(f"Probe of {name} ") for name in checks}
-        time.sleep(float(os.environ.get("MINUTES", "0.25")) * 60)
-        wanted, after = (time.monotonic() - start) / 2, program.resources()
-        counts = [program.count(f"Probe of {name} ") - first[name] for name in checks]
-        assert sorted(counts)[50] > 0.85 * wanted
-        assert 0.5 * wanted <= min(counts) and max(counts) <= wanted + 5  # none falls behind
-        assert after[0] < before[0] * 1.1 + 1024 and after[1] == before[1] == 103
-        assert abs(after[2] - before[2]) <= 100
-        assert program.stop() == STOPPED
-    assert not cloud.gateway.calls
-
-
-# ---- Service commands; what they do to a real systemd is seen in .ci/boot ------------------------
-
-BOOTED = "mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/system /run/healthchecker && "
-USER = "setpriv --reuid=54321 --inh-caps=+dac_read_search --ambient-caps=+dac_read_search"
-
-
-def service_command(tmp_path, command, systemctl="", script="", prefix="", program=PROGRAM):
-    """A -command where systemd seems to run (a mount namespace), and systemctl prints this."""
-    (tmp_path / "systemctl").write_text(f"#!/bin/sh\ncat <<'END'\n{systemctl}\nEND\n")
-    (tmp_path / "systemctl").chmod(0o755)
-    line = f"{BOOTED}{script} exec {prefix} {sys.executable} {program} -command {command}"
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["unshare", "--mount", "sh", "-c", line], env=env, **CAPTURED)
-    output = done.stdout + done.stderr.replace("ec2-local-healthchecker: ", "")
-    return done.returncode, output.strip()
-
-
-@pytest.mark.parametrize("command", ["install", "remove", "start", "stop"])
-def test_what_changes_the_service_needs_root(tmp_path, command):
-    said = service_command(tmp_path, command, prefix=USER)
-    assert said == (1, f"-command {command} needs root: run it with sudo")
-
-
-@pytest.mark.parametrize("version", ["systemd 239 (239-58.el8)", "toybox 0.8"])
-def test_install_refuses_without_a_systemd_that_is_new_enough(tmp_path, version):
-    said = service_command(tmp_path, "install", version)
-    assert said == (1, "the service needs systemd 240 or newer")
-
-
-def test_install_refuses_to_run_from_standard_input(tmp_path):
-    said = service_command(tmp_path, "install", script=f"cat {PROGRAM} |", program="-")
-    assert said == (1, "it was run from standard input: fetch it into a file first, and run that")
-
-
-@pytest.mark.parametrize("command", hc.COMMANDS)
-def test_where_systemd_does_not_run_each_command_says_so(command):
-    program = run("-command", command)  # systemd is not PID 1 here
-    said = "systemd does not run here: run this where it has booted the machine"
-    assert program.process.returncode == 1 and program.lines == [f"ec2-local-healthchecker: {said}"]
-
-
-ACTIVE = """\
-ActiveState=active
-SubState=running
-ActiveEnterTimestamp=Sun 2026-11-22
-InactiveEnterTimestamp=Sat 2026-11-21
-UnitFileState=enabled
-NRestarts=0
-MainPID=42"""
-STOPPED_STATE = ACTIVE.replace("=active", "=inactive").replace("running", "dead").replace("42", "0")
-
-
-@pytest.mark.parametrize("could_mark, status", [(True, 0), (False, 4), (None, 0)])
-def test_status_says_first_what_an_operator_wants_first(rig, tmp_path, could_mark, status):
-    rig = rig(text_of(["graceperiod: 0"], {"a": [], "bbb": [], "c": []}))
-    rig.probe("fff", "a", 0)
-    rig.probe("fpppp", "bbb", 0)
-    rig.step(10)
-    why_not = {True: "", False: "no route -- look at routes", None: None}[could_mark]
-    rig.marker.publish(why_not=why_not)
-    rig.main.directory = str(tmp_path)
-    rig.main.tell(rig.now)
-    copy = f"cp {tmp_path}/status.json /run/healthchecker && "
-    code, text = service_command(tmp_path, "status", ACTIVE, copy)
-    assert code == status
-    first = "unhealthy: a failing (failed 3 in a row, threshold 3) at http://localhost:80/: refused"
-    if could_mark is False:
-        first = f"A mark would not succeed now: {why_not}; {first}"
-    assert text.startswith(f"{first}; marking as Unhealthy, calls so far: 1\n")
-    ago = "-?[0-9]+s ago"
-    assert re.fullmatch(fr"""
-healthchecker: active \(running\), since Sun 2026-11-22, enabled, restarts: 0
-CHECK  STATE    IN A ROW          ENDPOINT
-a      failing  3 failed of 3     http://localhost:80/
-  last failure {ago}: refused
-bbb    healthy  4 passed of 3     http://localhost:80/
-  last failure {ago}: refused
-c      unknown  0 passed of 3     http://localhost:80/
-a mark of its own may stand
-last call: Unhealthy, {ago}: it succeeded""", text[text.index("\n"):]), text  # fmt: skip
-
-
-def test_status_exits_with_3_when_the_service_does_not_run(tmp_path):
-    said = "healthchecker: inactive (dead), since Sat 2026-11-21, enabled, restarts: 0"
-    assert service_command(tmp_path, "status", STOPPED_STATE) == (3, said)  # with no old error
-    never = re.sub("(Timestamp|UnitFileState)=.*", r"\1=", STOPPED_STATE)
-    note = "mount -t tmpfs tmpfs /var/lib && cd /var/lib && mkdir healthchecker && "
-    note += "printf i-1 > healthchecker/marked &&"
-    said = "healthchecker: inactive (dead), since ever, not installed, restarts: 0\nA mark of this"
-    code, text = service_command(tmp_path, "status", never, note)
-    assert code == 3 and text.startswith(said) and "may stand on i-1" in text
-
-
-def test_status_shows_why_a_service_does_not_come_up(tmp_path):
-    state = STOPPED_STATE.replace("inactive", "activating").replace("dead", "auto-restart")
-    log = f"mount -t tmpfs tmpfs /var/log && printf 'x\\nf.yml:3: why\\n' > {hc.ERROR_LOG} && "
-    code, text = service_command(tmp_path, "status", state, log)
-    assert code == 3 and text.endswith(f"the end of {hc.ERROR_LOG}: f.yml:3: why")
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": "1.0.0"}'])
-def test_a_status_file_of_another_version_is_told_as_such(tmp_path, content):
-    write = f"echo '{content}' > {hc.STATUS_FILE} && "
-    code, text = service_command(tmp_path, "status", ACTIVE, write)
-    assert code == 0 and "is not there (yet), or not of this version" in text
-
-
-# ---- The repository ------------------------------------------------------------------------------
-
-README = (HERE / "README.md").read_text()
 
 
 def blocks(language):
@@ -3605,8 +3517,34 @@ def test_the_examples_of_the_readme_load():
     assert len(blocks("yaml")) >= 1 and len(written) >= 1 and len(blocks("json")) == 2
     for text in blocks("yaml") + written:
         assert not configured(text).warnings
-    for text in blocks("json"):
-        assert json.loads(text)
+    assert all(map(json.loads, blocks("json")))
+
+
+def test_the_timeline_of_the_readme_is_what_its_quick_start_does(rig, monkeypatch):
+    monkeypatch.setattr(os, "urandom", lambda size: b"\x7f")
+    rig, calls, failed = rig(blocks("yaml")[0], start=0.0), [], []
+    rig.step(300)
+    rig.probe("pp", seconds=10)
+    rig.probe("p", seconds=0)
+    assert rig.main.records["web"].health.state == "healthy"
+    assert f"at {rig.now:.0f} s, after 3 probes, it is healthy" in README
+    died = int(rig.now)
+    for rig.now in range(died + 1, died + 1000):
+        rig.step()  # a verdict comes before the end of the probe that is due with it
+        if rig.now % 10 == 0:
+            rig.probe("f", seconds=0)
+            failed.append(rig.now - died)
+        calls += [rig.now - died] * (len(rig.world.calls) - len(calls))
+    lines = dict(re.findall(r"^ +(\d+) s   (.+(?:\n {11,}.+)*)$", blocks("text")[0], re.M))
+    for number, second in enumerate(failed[:3], 1):
+        assert lines[str(second)].startswith(f"probe: failed ({number} of 3)")
+    assert "SetInstanceHealth, Unhealthy" in lines[str(calls[0])]
+    assert lines[str(calls[1])].startswith("the call again")
+    pauses = re.search(r"after (.*?) s more, then every 300 s", lines[str(calls[1])])[1]
+    pauses = map(int, re.findall("[0-9]+", pauses))
+    assert calls[1:] == [*itertools.accumulate([calls[1], *pauses, 300])]
+    promise = int(re.search(r"\(here (\d+) s\)", README)[1])
+    assert calls[0] < promise == 3 * max(10, 1) + 1 + 10 + 3
 
 
 def test_the_readme_pins_this_very_file():
