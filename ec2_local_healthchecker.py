@@ -1022,7 +1022,7 @@ def rehearse():
     """The instance, and why a mark of it would not succeed now, with what to do; empty: it would.
 
     It makes the very call of a mark, with a HealthStatus that does not exist: AWS refuses that with
-    ValidationError, or with what would refuse the mark. It does not try what AWS checks later.
+    ValidationError, or with what would refuse the mark. Not tried: the group's own grace period.
     """
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # if memory runs out, this process goes first
@@ -1119,7 +1119,7 @@ class Findings(NamedTuple):
     """What main tells the marker: a new value each time."""
 
     config: Config
-    verdict: str = UNDECIDED  # the last one while all checks agree with it, else undecided
+    verdict: str = UNDECIDED  # the last one; undecided while the checks say otherwise
     evidence: str = ""
 
 
@@ -1130,8 +1130,8 @@ class Report(NamedTuple):
     wanted: str | None = None  # the call to make
     hold: str = ""  # what holds it back
     calls: int = 0  # made since it is wanted
-    # Instance and region of a mark of our own that may stand, or empty. It may stand from before
-    # an Unhealthy call is sent, until AWS refuses that very call or a Healthy call succeeds.
+    # "ID REGION" of a mark of our own that may stand: from before an Unhealthy call is sent, until
+    # AWS refuses that very call, a Healthy call succeeds, or metadata names another instance.
     marked: str = ""
     why_not: str | None = None  # why a mark would not succeed; empty: it would; None: not known yet
     last_call: dict | None = None
@@ -1441,7 +1441,7 @@ class CheckLoop(threading.Timer):
 
 # ---- Daemon and gate -----------------------------------------------------------------------------
 # The main thread: it counts results and takes the verdict, in step(now). A step waits for nothing,
-# except for a disk when it reads the configuration. The gate is the same with another end.
+# except a disk when it reads the configuration (/run is memory). The gate does it, then exits.
 
 SPREAD = 0.001  # seconds between the starts of two loops: in one burst, they would cost more CPU
 HANG_SLACK = 0.25  # seconds past its deadline that a probe has to report its own failure
@@ -1553,7 +1553,8 @@ class Monitor(Stepper):
         wake = math.inf
         # At most once per step: after a pause of the process, nobody knows what happened meanwhile.
         for record in self.records.values():
-            start, timeout = record.loop.probing or math.inf, record.check.timeout
+            start = record.loop.is_alive() and record.loop.probing or math.inf  # dead: no evidence
+            timeout = record.check.timeout
             overdue = record.hung_again if start == record.hung else start + timeout + HANG_SLACK
             if now >= overdue:
                 record.hung, record.hung_again = start, now + record.period
@@ -1592,7 +1593,7 @@ class Daemon(Monitor):
         wake = super().step(now)
         if self.status is not None:
             return wake
-        # A verdict is withdrawn when the checks do not agree with it any more.
+        # A verdict is withdrawn while the checks say otherwise.
         verdict = self.verdict if self.verdict == self.verdict_now() else UNDECIDED
         self.marker.findings = Findings(self.config, verdict, self.evidence())
         if now >= self.show_at or self.marker.report is not self.report:
