@@ -190,7 +190,7 @@ def hide_secrets(url):
 
 def quoted(text):
     """The start of `text` in quotes, on one line, without what may be a secret."""
-    return ascii(hide_secrets(text[:60]))
+    return ascii(hide_secrets(text)[:60])
 
 
 def printable(text, most=200):
