@@ -6,21 +6,30 @@
 """Probe the services on this EC2 instance; when one keeps failing, mark the instance unhealthy in
 its Auto Scaling group, so that the group replaces it.
 
-This program can end the machine that it runs on. Three rules rank every decision in it:
+This program can end the machine that it runs on. It follows three rules, the first one first:
 
 1. It never marks a healthy instance.
 2. It always marks an unhealthy one, however sick the machine is, until the group acts.
 3. An operator reads the whole file in one sitting and can see that 1 and 2 hold.
 
-The file reads from top to bottom: each room uses only the rooms above it. The threads:
+The file reads from top to bottom: each section uses only the sections above it. The threads:
 
     main            owns the checks, their health and the verdict (Daemon)
     one per check   probes at a fixed rate and passes the results to main (CheckLoop)
     marker          owns the mark: reads metadata, calls AWS, rehearses (Marker)
-    writer          does what may hang on a disk: the log, the file that remembers a mark (Writer)
+    writer          writes to disk: the log, and the file that remembers a mark (Writer)
 
-Time is time.monotonic everywhere, and no wait depends on the wall clock. The wall clock is only
-for -launchtime, for the stamps in the log and for the time of the last call in status.json.
+What happens when something fails, and where to read it:
+
+    a step raises, memory runs out   the same step or call is tried again (Stepper, try_to_mark)
+    a thread ends, or main hangs     systemd's watchdog restarts the daemon (is_well)
+    the resolver hangs in a probe    the probe counts as failed, again each period (count_hung)
+    the marker hangs                 the log and -command status say so (why_not)
+    metadata cannot be read          the last values count; without an id, no call (read_metadata)
+    the disk of the log hangs        the writer waits, and nobody waits for the writer (Writer)
+
+All waiting and timing uses time.monotonic. The wall clock is for -launchtime, for stamps in the
+log, for the time of the last call in status.json, and for boto3, which signs requests with it.
 """
 
 from __future__ import annotations
@@ -57,7 +66,6 @@ if sys.modules["ssl"] is None:
     del sys.modules["ssl"]
 
 __version__ = "3.0.0"
-
 PROGRAM = "ec2-local-healthchecker"
 POLL_INTERVAL = 1.0  # seconds: each thread looks at what the others pass to it at least this often
 log = logging.getLogger(PROGRAM)
@@ -65,7 +73,7 @@ say = partial(print, flush=True)
 
 
 def refuse_truncated_file():
-    # main() leaves through os._exit in the last line, so only a truncated download gets here.
+    # The last line of the file is os._exit(), which skips this: it runs only if that is missing.
     say(f"{PROGRAM}: the file is incomplete: fetch it again", file=sys.stderr)
     os._exit(1)
 
@@ -78,11 +86,12 @@ if __name__ == "__main__":
 # ---- Deciding ------------------------------------------------------------------------------------
 # When this program calls SetInstanceHealth, with which status, and what holds a call back: all of
 # that is here, as functions of plain values. No clock, network, thread or global belongs here.
+# To mark the instance is to make the call Unhealthy; the call Healthy takes a mark back.
 
 UNKNOWN, HEALTHY, FAILING = "unknown", "healthy", "failing"  # the states of a check
-UNDECIDED, UNHEALTHY = "undecided", "unhealthy"  # the verdicts, beside "healthy"
-MARK_UNHEALTHY, MARK_HEALTHY = "Unhealthy", "Healthy"  # the values of HealthStatus in the API
-IN_SERVICE = ("InService", None)  # target lifecycle states that permit a mark; None: see `decide`
+UNDECIDED, UNHEALTHY = "undecided", "unhealthy"  # the verdicts; HEALTHY is the third
+CALL_UNHEALTHY, CALL_HEALTHY = "Unhealthy", "Healthy"  # the calls, by their HealthStatus
+IN_SERVICE = ("InService", None)  # lifecycle states that permit a mark; None: see `decide`
 
 
 class Health(NamedTuple):
@@ -109,55 +118,52 @@ def verdict_of(states) -> str:
 
 
 def decide(
-    verdict: str,  # the last one; undecided while the checks say otherwise, in a reload, in a stop
+    verdict: str,  # main's last; undecided if the checks now say otherwise, in a reload, in a stop
     recovery: bool,  # whether the configuration lets us take back a mark of our own
     may_stand: bool,  # whether a mark of our own may be in effect: sent, and not taken back
-    problem: str,  # why no call can name this instance: its id is not known, or contradicted
-    lifecycle: str | None,  # the target state, last reading that succeeded; None: there is none
-    grace_end: float,  # when the grace period after a return to service ends; 0: there is none
+    problem: str,  # why no call can name this instance; empty: its id and region are known
+    lifecycle: str | None,  # its target state, as last read; None: it has none, or was never read
+    grace_end: float,  # when the grace period after its return to service ends; 0: there is none
     now: float,
 ) -> tuple[str | None, str]:
-    """The call that is wanted, if any, and what holds it back ("": nothing, make it now).
-
-    It stays wanted after it was made: `call_backoff` says when it comes again.
-    """
+    """The call to make, and to repeat (see call_backoff), if any; and what holds it back, or ""."""
     if verdict == UNHEALTHY:
-        call = MARK_UNHEALTHY
+        call = CALL_UNHEALTHY
     elif verdict == HEALTHY and may_stand and recovery:
-        call = MARK_HEALTHY
+        call = CALL_HEALTHY
     else:
         return None, ""
     if problem:
         return call, problem  # nothing else holds a Healthy call: it never ends an instance
-    if call == MARK_UNHEALTHY and lifecycle not in IN_SERVICE:
+    if call == CALL_UNHEALTHY and lifecycle not in IN_SERVICE:
         return call, f"its target lifecycle state is {lifecycle}"
-    if call == MARK_UNHEALTHY and now < grace_end:
+    if call == CALL_UNHEALTHY and now < grace_end:
         return call, "in service again, in a new grace period"
     return call, ""
 
 
-class Hold(NamedTuple):
-    """Whether the instance left service while unhealthy, and its grace period after the return."""
+class Absence(NamedTuple):
+    """Whether an unhealthy instance has left service; its new grace period once it is back."""
 
     is_out_of_service: bool = False
     grace_end: float = 0.0
 
     def after(self, verdict, lifecycle, grace_end):
-        """The memory after one more reading; `grace_end` is one whole grace period from now."""
+        """The absence after one more reading; `grace_end` is one whole grace period from now."""
         if verdict == HEALTHY:
-            return Hold()  # forget it, and a grace period with it
-        if lifecycle not in IN_SERVICE:  # a hold begins only while unhealthy; undecided keeps it
-            return Hold(True) if verdict == UNHEALTHY else self
-        return Hold(False, grace_end) if self.is_out_of_service else self
+            return Absence()  # there is nothing to mark: forget the absence and the grace period
+        if lifecycle in IN_SERVICE:
+            return Absence(False, grace_end) if self.is_out_of_service else self
+        return Absence(True) if verdict == UNHEALTHY else self  # undecided: nothing changes
 
 
-def call_backoff(calls, frequency, failed, dice) -> float:
+def call_backoff(calls, frequency, failed, jitter) -> float:
     """Seconds until the next call, after `calls` calls, the last of which failed or not."""
-    # The first is one frequency, or after a failure at most 10 s. Each further call doubles it, up
-    # to the longer of 5 minutes and one frequency. `dice`, 0 to 1, varies that by up to 20 %.
+    # The first delay is one frequency, or after a failure at most 10 s. Each further call doubles
+    # it, up to the longer of 5 minutes and one frequency. `jitter`, 0 to 1, varies it by 20 %.
     first = min(frequency, 10.0) if failed else frequency
-    doubled = first * 2.0 ** min(calls - 1, 40)
-    return min(doubled, max(frequency, 300.0)) * (0.8 + 0.4 * dice)
+    doubled = first * 2.0 ** min(calls - 1, 40)  # 40: no overflow
+    return min(doubled, max(frequency, 300.0)) * (0.8 + 0.4 * jitter)
 
 
 def grace_left(graceperiod, age) -> float:
@@ -168,13 +174,13 @@ def grace_left(graceperiod, age) -> float:
 
 
 def next_due(due, period, now) -> float:
-    """The next time after `due` at a fixed rate; if several have passed, the latest of them."""
+    """The time that follows `due` at a fixed rate; if it has passed, the latest one that has."""
     return due + period * max(1, math.floor((now - due) / period))
 
 
 # ---- Durations and YAML --------------------------------------------------------------------------
 # Text in, plain values out, or ConfigError. What the keys of a configuration mean is for the next
-# room. Every pattern takes time linear in the length of a line: main must not wait for a file.
+# section. Every pattern takes linear time: a long line must not keep main from its work.
 
 
 class ConfigError(Exception):
@@ -224,22 +230,23 @@ def parse_duration(text: str, least=-math.inf) -> float:
     return seconds
 
 
-# The law of the parser: for any text, it returns what PyYAML's BaseLoader returns, or it raises.
+# For any text, parse_yaml returns what PyYAML's BaseLoader returns, or raises ConfigError. Nobody
+# sees that in the patterns: the tests compare both parsers on random text.
 FORBIDDEN = re.compile("[\0-\b\n-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffd-\uffff]")
 BLANK = re.compile(r" *(?:#.*)?$")
-MARK = re.compile(r"(---|\.\.\.)(?: +(?:#.*)?)?$")
+BOUNDARY = re.compile(r"(---|\.\.\.)(?: +(?:#.*)?)?$")  # the start or the end of a document
 SCALAR = r"""(
       "(?: [^"\\\t] | \\(?: [0abtnvfre "/\\N_LP] | x{H}{2} | u(?!{S}){H}{4}   # double-quoted
                          | U(?: 0000(?!{S}) | 000[1-9A-Fa-f] | 0010 ){H}{4} ) )* "[ ]*
     | '[^'\t]*(?:''[^'\t]*)*'[ ]*                 # single-quoted
-    | (?! []\[{},&*!|>%@`"'#\t ] | [-?:](?:[ ]|$) | <<[ ]*(?::|$) )   # plain: it does not begin so,
-      (?:(?! :(?:[ ]|$) | [ ][#] | \t ) .)+                            # and does not contain this
+    | (?! []\[{},&*!|>%@`"'#\t ] | [-?:](?:[ ]|$) | <<[ ]*(?::|$) )   # plain: no such beginning,
+      (?:(?! :(?:[ ]|$) | [ ][#] | \t ) .)+                            # and none of these in it
 )""".replace("{H}", "[0-9A-Fa-f]").replace("{S}", "[Dd][89A-Fa-f]")  # no surrogates
-ENTRY = re.compile(  # indentation, key, colon, value, comment
+ENTRY = re.compile(  # indentation, key, colon, value, comment; groups 1 and 2: key and value
     rf"(?x)(?!---|[.]{{3}})[ ]*{SCALAR}:(?:[ ]|$)[ ]*(?![ ]){SCALAR}?[ ]?(?:(?<=[ ])[#].*)?$"
 )
 ONE_LINE = "write it on one line (tools that fold lines have a setting for the width)"
-REFUSED = {  # what no key or value begins with: its name, and what to write instead
+REFUSED = {  # what a key or value must not begin with: its name, and what to write instead
     "[": "a flow sequence: write the values without brackets, like 200,204; quote an address",
     "{": "a flow mapping: write each key on a line of its own, indented",
     "&": "an anchor: write the value itself",
@@ -252,7 +259,7 @@ REFUSED = {  # what no key or value begins with: its name, and what to write ins
     "<": "a merge key: write the keys themselves",
     '"': f"quotes that do not end on this line, or an unknown escape in them: {ONE_LINE}",
     "'": f"quotes that do not end on this line: {ONE_LINE}",
-    **dict.fromkeys(("---", "..."), "text after a document mark: write it on the next line"),
+    **dict.fromkeys(("---", "..."), "text after --- or ...: write it on the next line"),
     **dict.fromkeys("]},@`:", "a reserved character: put the text in quotes"),
 }
 ESCAPE = re.compile(r"\\(?:x(..)|u(.{4})|U(.{8})|(.))")
@@ -267,7 +274,7 @@ def parse_yaml(text: str) -> tuple[dict, dict]:
     """
     lines, root = {}, {}
     levels = [(-1, root, ())]  # the open mappings, outermost first: (indentation, mapping, path)
-    waiting = (root, "", ())  # the last key if it has no value: deeper lines may be its value
+    waiting = (root, "", ())  # the key whose value may be on deeper lines; at first, root[""]
     for number, line in _content(text):
         indent = len(line) - len(line.lstrip(" "))
         while indent < levels[-1][0]:
@@ -300,16 +307,16 @@ def _content(text):
     """Yields (number, line) for each line with a key."""
     started = ended = False
     for number, line in enumerate(re.split("\r\n|\r|\n", re.sub("^\ufeff", "", text)), 1):
-        forbidden, mark = FORBIDDEN.search(line), MARK.match(line)
+        forbidden, boundary = FORBIDDEN.search(line), BOUNDARY.match(line)
         if forbidden:
             code = f"U+{ord(forbidden[0]):04X}"
             raise ConfigError(f"{number}: a character {code}: remove it, or save the file as UTF-8")
         if BLANK.match(line):
             continue
-        if ended or (started and mark and mark[1] == "---"):
+        if ended or (started and boundary and boundary[1] == "---"):
             raise ConfigError(f"{number}: a second document: keep one")
-        started, ended = True, mark and mark[1] == "..."
-        if not mark:
+        started, ended = True, boundary and boundary[1] == "..."
+        if not boundary:
             yield number, line
 
 
@@ -503,7 +510,7 @@ class Config(NamedTuple):
 
 def read_key(path, data, values):
     """Read the key at `path` of `data` into its place in `values`; ConfigError if it is wrong."""
-    *outer, name = path
+    *outer, name = path  # ["checks"] is outside of a check, ["checks", CHECK] outside of its keys
     for key in outer:
         data, values = data[key], values[key]
     if len(outer) == 1:
@@ -519,10 +526,10 @@ def read_key(path, data, values):
 
 def read_value(name, value, keys, values):
     """Read one of these keys into `values`."""
-    key = "threshold" if name == "threashold" else name  # it is in files out there
+    key = "threshold" if name == "threashold" else name  # files for the Go daemon have it
     if key not in keys:
         raise ConfigError(f"unknown key: {nearest(name, keys)}")
-    if key in values:
+    if key in values:  # in both spellings; parse_yaml refuses every other duplicate
         raise ConfigError("threshold is written twice: keep one")
     read, advice = keys[key]
     try:
@@ -535,11 +542,12 @@ def read_value(name, value, keys, values):
 def require_check(name, checks):
     """ConfigError unless what is below this name can be a check."""
     keys = checks[name]
+    # Keys like endpoint that stand beside the name of their check, not indented below it.
     strays = [key for key in checks if key in CHECK_KEYS and isinstance(checks[key], str)]
     if name in strays:
         raise ConfigError("a key of a check: indent it below the name of its check")
     if keys == "" and strays:
-        return  # they are meant for this check: the mistake is on their own lines
+        return  # they belong to this check: report the mistake on their lines
     if not isinstance(keys, dict) or not name.isprintable() or not name.strip():
         raise ConfigError("a check has keys, indented below its name: write at least endpoint")
 
@@ -596,11 +604,14 @@ def load_config(path: str) -> Config:
 
 # ---- Probes --------------------------------------------------------------------------------------
 # One attempt each: return, or raise ProbeFailure for what the service did, and anything else for
-# what went wrong on this side. A hostile service can pass or fail its own check. It costs at most
-# `timeout` and 2 MiB per response, and cannot forge a log line or send a probe to another host.
+# what went wrong on this side. A hostile service can pass or fail its own check, and have a probe
+# send GETs to any port of this machine. A probe takes at most `timeout`, and 2 MiB per response.
+# A service cannot forge a log line, and cannot send a probe, or a secret header, elsewhere.
 
 MAX_REDIRECTS, REDIRECTS = 10, (301, 302, 303, 307, 308)
 LARGEST_HEAD, LARGEST_BODY, PIECE = 2**20, 2**20, 2**13  # bytes of a response that are read
+INTERIM = re.compile(rb"HTTP/\S+ +1(?!01)[0-9][0-9]\b")  # the responses to skip: RFC 9110, 15.2
+NEEDED = (b"location:", b"content-length:", b"transfer-encoding:")  # the fields that are read
 # This machine lacks descriptors, buffers or memory: that is no evidence against the service.
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, socket.EAI_MEMORY)
 
@@ -608,19 +619,15 @@ SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, socket.EAI
 class ProbeFailure(Exception):
     """The service failed the probe: a printable line of at most 200 characters says how."""
 
-    def __init__(self, reason):
-        super().__init__(printable(re.sub(r"\?[^\s)]+", "?***", reason)))  # a query that is echoed
+    def __init__(self, reason):  # it may echo the query, which may hold a secret
+        super().__init__(printable(re.sub(r"\?[^\s)]+", "?***", reason)))
 
 
 def can_open_descriptors():
-    """Whether four can be opened: the resolver and TLS need some, and do not report a lack."""
-    opened = []
-    with suppress(OSError):
-        opened += os.pipe()
-        opened += os.pipe()
-    for descriptor in opened:
-        os.close(descriptor)
-    return len(opened) == 4
+    """Whether four are free: the resolver and TLS report a shortage as some other error."""
+    with suppress(OSError), socket.socket(), socket.socket(), socket.socket(), socket.socket():
+        return True
+    return False
 
 
 class Deadline:
@@ -655,12 +662,12 @@ def connect(host, port, deadline):
             sock.connect(address)
             return sock
         except (ConnectionResetError, BrokenPipeError):
-            return sock  # it was connected, and then reset
+            return sock  # it was accepted, then reset: whoever reads from it will see that
         except OSError as error:
             if sock:
                 sock.close()
-            if error.errno in SHORTAGES or not (sock or error.errno == errno.EAFNOSUPPORT):
-                raise  # this machine's fault; but a kernel without IPv6 just skips the address
+            if error.errno in SHORTAGES or (not sock and error.errno != errno.EAFNOSUPPORT):
+                raise  # this machine's fault; a kernel without IPv6 just skips the address
             reason = error.strerror or f"no answer in {share:.3g}s"
             reasons.append(f"{address[0]} port {port}: {reason}")
     raise ProbeFailure("; ".join(reasons))
@@ -681,8 +688,8 @@ class Tls:
             context.set_ciphers("DEFAULT")  # of the system: Python 3.10 and later offer fewer
             context.set_alpn_protocols(["http/1.1"])  # some servers hang up without it
             # Python 3.13 adds VERIFY_X509_STRICT, which refuses more, and PARTIAL_CHAIN, which
-            # trusts every certificate in the store, as curl and Go do. Before 3.10 it has no name.
-            context.verify_flags = ssl.VERIFY_X509_TRUSTED_FIRST | 0x80000
+            # trusts every certificate in the store, as curl and Go do. Python 3.8 has no name yet.
+            context.verify_flags = ssl.VERIFY_X509_TRUSTED_FIRST | 0x80000  # PARTIAL_CHAIN
             if not self.verify:
                 context.check_hostname = False
                 context.verify_mode = ssl.CERT_NONE
@@ -698,8 +705,8 @@ def probe_tcp(check, tls):
 def probe_http(check, tls):
     """Pass if a GET ends in one of the check's codes, or in a redirect to another host.
 
-    Redirects are followed on this machine only: what stands elsewhere, like a load balancer, says
-    nothing about this instance. Returns a remark on one that leaves it, or None.
+    A redirect is followed to the host of the check or to loopback: what is elsewhere, like a load
+    balancer, says nothing about this instance. Returns a remark if one leads elsewhere, else None.
     """
     deadline = Deadline(check.timeout)
     endpoint, headers = check.endpoint, check.headers
@@ -716,8 +723,7 @@ def probe_http(check, tls):
             if not target:
                 return (
                     f"it passes with status {code} to {printable(hide_secrets(url), 100)}, another "
-                    "host, which is not probed: probe the path that this leads to, send the "
-                    f"header X-Forwarded-Proto, or accept it with 'status: {code}'"
+                    f"host: probe that path, send X-Forwarded-Proto, or accept it: 'status: {code}'"
                 )
             endpoint = target
             # Headers may hold a secret: another origin does not get them.
@@ -726,7 +732,8 @@ def probe_http(check, tls):
     except ProbeFailure as error:
         if endpoint == check.endpoint:
             raise
-        raise ProbeFailure(f"{str(error)[:100]} (redirected to {endpoint})") from error.__cause__
+        reason = f"{str(error)[:100]} (redirected to {endpoint})"
+        raise ProbeFailure(reason) from error.__cause__  # CheckLoop looks for a shortage in it
 
 
 def follow(endpoint, location, own_host):
@@ -747,11 +754,10 @@ def follow(endpoint, location, own_host):
 def exchange(method, endpoint, headers, deadline, tls):
     """Send one request, never through a proxy: (response, body). Raises as a probe does.
 
-    Reads up to LARGEST_BODY bytes, for at most half the time left, so that the service sees no
-    reset. Failures of that are ignored. Returns the first piece; an incomplete body is empty.
+    `body` is the first PIECE, or empty if the whole did not arrive. Up to LARGEST_BODY bytes are
+    read, for at most half the time left, so that the service sees no reset; a failure is ignored.
     """
-    # Outside of the try: a failure here is not the service's.
-    context = tls.prepare() if endpoint.scheme == "https" else None
+    context = tls.prepare() if endpoint.scheme == "https" else None  # no service's failure
     sock = connect(endpoint.host, endpoint.port, deadline)
     try:
         if context:
@@ -760,7 +766,7 @@ def exchange(method, endpoint, headers, deadline, tls):
             name = urlsplit("//" + headers.get("Host", "")).hostname or endpoint.host
             sock = context.wrap_socket(sock, server_hostname=name.rstrip(".").encode())
         sock.settimeout(deadline.left("sending the request"))
-        with suppress(ConnectionError):  # an answer may have arrived nevertheless
+        with suppress(ConnectionError):  # a service may answer and close before it reads
             send_request(sock, method, endpoint, headers)
         reader = DeadlineReader(sock, deadline)
         response = read_head(sock, io.BufferedReader(reader), method)
@@ -794,10 +800,6 @@ def send_request(sock, method, endpoint, headers):
     connection.endheaders()
 
 
-INTERIM = re.compile(rb"HTTP/\S+ +1(?!01)[0-9][0-9]\b")  # RFC 9110, 15.2
-NEEDED = (b"location:", b"content-length:", b"transfer-encoding:")
-
-
 def read_head(sock, stream, method):
     """The final response that `stream` begins with, ready for its body to be read."""
     # http.client accepts a truncated head, and rejects more than 100 fields or a line over 64 KiB.
@@ -807,8 +809,8 @@ def read_head(sock, stream, method):
         line = stream.readline(left)
         left -= len(line)
         if not line.endswith(b"\n"):
-            what = "the connection ended within" if left else "larger than 1 MiB:"
-            raise http.client.HTTPException(f"{what} the head of the response")
+            what = "ended early" if left else "is larger than 1 MiB"
+            raise http.client.HTTPException(f"the head of the response {what}")
         if not head or line.lower().startswith(NEEDED):
             head.append(line)
         elif line in (b"\r\n", b"\n"):
@@ -816,9 +818,9 @@ def read_head(sock, stream, method):
                 break
             head = []
     response = http.client.HTTPResponse(sock, method=method)
-    response.fp = io.BytesIO(b"".join([*head, b"\r\n"]))  # begin() reads the head from this
+    response.fp = io.BytesIO(b"".join([*head, b"\r\n"]))  # begin() reads the head from here
     response.begin()
-    response.fp = stream  # read() reads the body from this
+    response.fp = stream  # read() reads the body from here
     return response
 
 
@@ -847,12 +849,13 @@ class DeadlineReader(io.RawIOBase):
 
 # ---- Marking -------------------------------------------------------------------------------------
 # Instance metadata, the Auto Scaling call, the rehearsal of it, and the thread that does all that.
-# Main reports the verdict, Deciding says which call to make; here is what it takes to make it.
+# The verdict comes from main, and `decide` says which call to make; this section makes it.
 
 METADATA = "AWS_EC2_METADATA_SERVICE_ENDPOINT"  # the variable that says where metadata is
 METADATA_ATTEMPTS = 3  # of 1 s each
+MODULES_BEFORE_BOTO3 = frozenset(sys.modules)
 LIFECYCLE = "meta-data/autoscaling/target-lifecycle-state"
-METADATA_ITEMS = {  # the path of each, and the variable that stands in for it
+METADATA_ITEMS = {  # the path of each, and the variable, if any, that stands in for it
     "lifecycle": (LIFECYCLE, ""),
     "id": ("meta-data/instance-id", "INSTANCE_ID"),
     "region": ("meta-data/placement/region", "AWS_REGION"),
@@ -860,20 +863,18 @@ METADATA_ITEMS = {  # the path of each, and the variable that stands in for it
 
 
 class Instance(NamedTuple):
-    """What is known of this instance: each item as it could last be read."""
+    """What is known of this instance: each item as last read successfully."""
 
     lifecycle: str | None = None  # the target lifecycle state; None: there is none, or never read
     id: str | None = None
     region: str | None = None
-    unread: str = ""  # why an item could not be read this time
+    unread: str = ""  # why an item could not be read this time; that alone holds no call
     problem: str = ""  # why no call can name this instance
 
 
 def read_metadata(before: Instance) -> Instance:
-    """The instance as metadata describes it now (IMDSv2), with what is known from `before`.
-
-    One item that cannot be read hides no other. A variable that stands in for one must agree.
-    """
+    """Read each item of metadata by itself (IMDSv2); one that cannot be read keeps its value."""
+    # A variable replaces an item that was never read. If both are known, they must be equal.
     found, unread, problem = before._asdict(), "", ""
     try:
         token = ask_metadata("PUT", "api/token", "X-aws-ec2-metadata-token-ttl-seconds", "60")
@@ -886,10 +887,11 @@ def read_metadata(before: Instance) -> Instance:
         except (OSError, ProbeFailure) as error:
             unread = str(error)
         value = os.getenv(variable) or found[item]
-        if found[item] not in (None, value):  # an image was baked with another machine's
+        if found[item] is None:
+            found[item] = value
+        elif found[item] != value:  # the variable came with the image, from another instance
             problem = f"{variable} is {value}, metadata says {found[item]}: remove the variable"
-        found[item] = found[item] or value
-    if not (problem or (found["id"] and found["region"])):
+    if not (problem or (found["id"] and found["region"])):  # never known: this holds any call
         advice = f"{METADATA_ADVICE}, or set INSTANCE_ID and AWS_REGION"
         problem = f"instance metadata cannot be read: {unread} -- {advice}"
     return Instance(**{**found, "unread": unread, "problem": problem})
@@ -904,7 +906,7 @@ def ask_metadata(method, path, header, value):
             if response.status == 404 and path == LIFECYCLE:
                 return None
             if response.status == 200 and re.fullmatch(rb"[\w:=/+-]{1,200}\s*", body):
-                return body.decode().strip()  # anything else, like a web page, is not believed
+                return body.decode().strip()  # anything else, like a web page, is refused
             raise ProbeFailure(f"HTTP status {response.status} for {path}, {len(body)} bytes")
         except ProbeFailure:
             if not attempts_left:
@@ -927,21 +929,17 @@ def prepare_environment():
         os.environ["no_proxy"] = f"{host},[{host}],{others}"  # botocore writes IPv6 in brackets
 
 
-MODULES = frozenset(sys.modules)  # without boto3
-
-
 def autoscaling(instance, is_broken=False):
-    """A new client of the Auto Scaling API, with credentials; ImportError if boto3 is broken."""
-    # If it was the last time, some modules are incomplete. They are forgotten only now, because
-    # that needs memory, and a lack of memory may have broken it.
-    for name in set(sys.modules) - MODULES if is_broken else ():
+    """A new client of the Auto Scaling API, with credentials; ImportError if boto3 makes none."""
+    # Drop what the last try left half imported. It could not do so itself if memory ran out.
+    for name in set(sys.modules) - MODULES_BEFORE_BOTO3 if is_broken else ():
         sys.modules.pop(name, None)
     importlib.invalidate_caches()
     try:
         import boto3.session
         import botocore.config
 
-        # A session that was made without credentials never finds any: each call has its own.
+        # Make a new session for each call: one that found no credentials never looks again.
         session = boto3.session.Session(region_name=instance.region)
         # Older boto3 does not read these variables.
         url = os.getenv("AWS_ENDPOINT_URL_AUTO_SCALING") or os.getenv("AWS_ENDPOINT_URL")
@@ -954,35 +952,34 @@ def autoscaling(instance, is_broken=False):
     if not credentials:
         why = instance.unread or "it has none"
         raise LookupError(f"unable to locate credentials; instance metadata: {why}")
-    credentials.get_frozen_credentials()
+    credentials.get_frozen_credentials()  # fetch them now, not within the call
     return client
 
 
-def answer_in(error):
-    """The answer of AWS that an error stands for; empty if it stands for none."""
+def response_of(error):
+    """The response to SetInstanceHealth in an error that boto3 raises for it, or {}."""
     return error.response if getattr(error, "operation_name", "") == "SetInstanceHealth" else {}
 
 
 def set_health(client, instance_id, status):
     """Call SetInstanceHealth once; raises what boto3 raises, unless AWS accepts the call."""
-    # An answer without an AWS request id is a proxy's; that raises LookupError.
     try:
-        answer = client.set_instance_health(InstanceId=instance_id, HealthStatus=status)
+        response = client.set_instance_health(InstanceId=instance_id, HealthStatus=status)
         refusal = None
     except Exception as error:
-        answer, refusal = answer_in(error), error
-        if not answer:
+        response, refusal = response_of(error), error
+        if not response:
             raise
-    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    if "x-amzn-requestid" not in headers:
+    headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if "x-amzn-requestid" not in headers:  # a proxy has answered
         raise LookupError(f"no AWS request id in an answer of {client.meta.endpoint_url}")
     if refusal:
         raise refusal
 
 
 def code_of(error):
-    """The error code that AWS answered, or the type of an error that is not an answer."""
-    return answer_in(error).get("Error", {}).get("Code") or type(error).__name__
+    """The error code in AWS's response, or the type of an error that has none."""
+    return response_of(error).get("Error", {}).get("Code") or type(error).__name__
 
 
 def explain(error):
@@ -996,7 +993,7 @@ INSTALL_BOTO3 = "install the package python3-boto3 (apt-get or dnf; on RHEL it i
 METADATA_ADVICE = "enable IMDSv2 for this instance (for a container: a hop limit of 2)"
 PERMISSION = "autoscaling:SetInstanceHealth"
 DENIED = "AccessDenied|Unauthorized"
-ADVICE = {  # the first pattern that matches the start of "code: text" says what to do
+ADVICE = {  # what to do about an error: the first pattern that matches "CODE: TEXT" decides
     "ImportError: MemoryError": "the instance is out of memory",
     "ImportError.*nvalid endpoint": "correct AWS_ENDPOINT_URL_AUTO_SCALING or AWS_ENDPOINT_URL",
     "ImportError: (Invalid|Profile|Config|Value)": "correct AWS_PROFILE, or what else it names",
@@ -1019,13 +1016,14 @@ ADVICE = {  # the first pattern that matches the start of "code: text" says what
 
 
 def rehearse():
-    """The instance, and why a mark of it would not succeed now, with what to do; empty: it would.
+    """Returns (instance, reason): why a mark of it would not succeed now, or "" if it would.
 
-    It makes the very call of a mark, with a HealthStatus that does not exist: AWS refuses that with
-    ValidationError, or with what would refuse the mark. Not tried: the group's own grace period.
+    It makes the call of a mark with a HealthStatus that does not exist. AWS refuses that with
+    ValidationError, or as it would refuse the mark. It does not try the group's own grace period,
+    which only a mark can meet, and asks nothing of `decide`.
     """
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # if memory runs out, this process goes first
+        file.write("1000")  # when memory runs out, the kernel ends this process first
     instance = read_metadata(Instance())
     if instance.problem:
         return instance, instance.problem
@@ -1033,20 +1031,24 @@ def rehearse():
         set_health(autoscaling(instance), instance.id, "Rehearsal")
     except BaseException as error:
         if code_of(error) != "ValidationError" or "managed instance" in str(error):
-            return instance, explain(error)
+            return instance, explain(error)  # "No managed instance" is a ValidationError, too
     return instance, ""
 
 
 class Rehearsal:
-    """Runs -rehearse in a child process, so that the memory of boto3 goes with it."""
+    """Runs -rehearse in a child process, so that the memory of boto3 goes with it.
+
+    The first is due at once. The next is due a day after the end of one that went well, 1, 2, 4,
+    5, 5, ... minutes after the start of one that did not, and at once after a call that failed.
+    """
 
     def __init__(self, command):
         self.command = command  # empty in a dry run
         self.child = None  # the process under way
         self.deadline = 0.0  # when it has taken too long
         self.is_killed = False
-        self.due = 0.0  # when the next one starts: a day after one that went well
-        self.pause = 60.0  # seconds to the next one otherwise, doubling to 5 minutes
+        self.due = 0.0
+        self.pause = 60.0  # seconds from one start to the next, until one goes well
 
     def start(self, now):
         self.child = Popen(self.command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT)
@@ -1055,7 +1057,7 @@ class Rehearsal:
         self.due, self.pause = now + self.pause, min(2 * self.pause, 300.0)
 
     def poll(self, now):
-        """The result of one that ended or takes too long, as `rehearse` has it; None: no news."""
+        """The reason, as `rehearse` has it, of one that ended or takes too long; else None."""
         status = self.child.poll() if self.child else None
         if status is None:
             if not self.child or self.is_killed or now < self.deadline:
@@ -1072,7 +1074,7 @@ class Rehearsal:
         return printable(output.split("\n")[-1], 2000) or f"a rehearsal ended with status {status}"
 
     def kill(self):
-        """End the one under way. Nothing waits for one that cannot be ended."""
+        """End the one under way, without waiting: a process may hang even when it is killed."""
         if self.child:
             self.child.kill()
             self.is_killed = True
@@ -1084,8 +1086,7 @@ class Stepper:
     status = None  # the exit status, when it is time to end
     began = math.inf  # when the step under way began
     is_faulty = False  # whether the last step ended in a fault
-    clock = monotonic
-    wait = time.sleep
+    clock, wait = monotonic, time.sleep  # builtins take no `self`; Monitor has its own `wait`
 
     def run(self):
         """Step until it is time to end; returns the exit status."""
@@ -1103,23 +1104,18 @@ class Stepper:
             wake, self.is_faulty = self.step(now), False
             return max(0.0, min(wake - now, POLL_INTERVAL))
         except BaseException as fault:
-            with suppress(Exception):  # there may be no memory for a line in the log
+            with suppress(Exception):  # without memory, the line is lost
                 if not self.is_faulty:
                     log.error(f"A fault of this program, trying again: {describe(fault)}")
             self.is_faulty = True
             return 1.0
 
 
-READY = "Ready to mark {0.id} in {0.region}".format
-NOT_READY = "A mark would not succeed now: "
-DRY_RUN = "dry run, nothing is marked"
-
-
 class Findings(NamedTuple):
     """What main tells the marker: a new value each time."""
 
     config: Config
-    verdict: str = UNDECIDED  # the last one; undecided while the checks say otherwise
+    verdict: str = UNDECIDED  # as `decide` takes it
     evidence: str = ""
 
 
@@ -1129,7 +1125,7 @@ class Report(NamedTuple):
     instance: Instance = Instance()
     wanted: str | None = None  # the call to make
     hold: str = ""  # what holds it back
-    calls: int = 0  # made since it is wanted
+    calls: int = 0  # tries of it, also those that failed
     # "ID REGION" of a mark of our own that may stand: from before an Unhealthy call is sent, until
     # AWS refuses that very call, a Healthy call succeeds, or metadata names another instance.
     marked: str = ""
@@ -1145,9 +1141,9 @@ class Marker(Stepper, threading.Thread):
         self.findings, self.report = Findings(config), Report(marked=marked)
         self.rehearsal, self.writer = rehearsal, writer
         self.is_dry_run = not rehearsal.command
-        self.hold = Hold()
+        self.absence = Absence()
         self.due = 0.0  # when the wanted call is tried next
-        self.denial = ""  # AWS's words if the last call was denied: a rehearsal may not find that
+        self.denial = ""  # by AWS, until a call succeeds: a rehearsal may not meet the same one
         self.is_import_broken = False  # whether the last call ended in an ImportError
 
     def step(self, now):
@@ -1158,31 +1154,31 @@ class Marker(Stepper, threading.Thread):
             self.due = now
             self.publish(wanted=wanted, hold="", calls=0)
         if not wanted:
-            self.update_hold(findings)
-            self.rehearse(now)
+            self.update_absence(findings)
+            self.rehearse_if_due(now)
         elif now >= self.due:
             self.due = self.try_to_mark(wanted) + self.clock()
         return now + POLL_INTERVAL
 
     def try_to_mark(self, wanted):
-        """Make the call if both answers ask for it; returns the seconds until the next try."""
+        """Ask, load boto3, ask again; call if both say so. Returns the seconds to the next try."""
         self.rehearsal.kill()
         error = client = findings = None
         try:
             findings = self.ask(wanted)
             if findings and not self.is_dry_run:
                 client = autoscaling(self.report.instance, self.is_import_broken)
-                findings = self.ask(wanted)  # importing boto3 takes seconds
+                findings = self.ask(wanted)  # the verdict may have changed: boto3 takes seconds
             if not findings:
                 return self.findings.config.frequency
             self.call(client, wanted)
-        except BaseException as fault:  # whatever it is, the call is tried again
+        except BaseException as fault:  # even a MemoryError: the call is tried again
             error = fault
         return self.note_result(wanted, findings, error)
 
     def ask(self, wanted):
-        """The findings, if they still ask for this call and nothing holds it back; else None."""
-        self.gather()
+        """Read metadata; the findings, if they want this call and nothing holds it; else None."""
+        self.read_metadata()
         findings = self.findings
         call, hold = self.decide(findings, self.clock())
         if call != wanted:
@@ -1193,13 +1189,13 @@ class Marker(Stepper, threading.Thread):
         self.publish(hold=hold)
         return None if hold else findings
 
-    def gather(self):
-        """Read metadata. Forget a mark of another instance: this image was made from that one."""
+    def read_metadata(self):
+        """Read metadata. Forget a mark of another instance: its file came with the image."""
         instance, marked = read_metadata(self.report.instance), self.report.marked
         if self.is_dry_run:  # it needs no identity
             instance = instance._replace(id=instance.id or "this-instance", problem="")
         self.publish(instance=instance)
-        self.update_hold(self.findings)
+        self.update_absence(self.findings)
         if marked and not instance.problem and marked.split(" ")[0] != instance.id:
             self.note_mark("")
 
@@ -1207,26 +1203,26 @@ class Marker(Stepper, threading.Thread):
         instance, may_stand = self.report.instance, bool(self.report.marked)
         return decide(
             findings.verdict, findings.config.recovery, may_stand, instance.problem,
-            instance.lifecycle, self.hold.grace_end, now,
+            instance.lifecycle, self.absence.grace_end, now,
         )  # fmt: skip
 
-    def update_hold(self, findings):
-        grace_end = self.clock() + findings.config.graceperiod
-        self.hold = self.hold.after(findings.verdict, self.report.instance.lifecycle, grace_end)
+    def update_absence(self, findings):
+        end = self.clock() + findings.config.graceperiod
+        self.absence = self.absence.after(findings.verdict, self.report.instance.lifecycle, end)
 
     def call(self, client, wanted):
         """Make the call, or none in a dry run; raises as set_health does."""
         before, instance = self.report.marked, self.report.instance
-        if wanted == MARK_UNHEALTHY:
-            self.note_mark(f"{instance.id} {instance.region}")
+        if wanted == CALL_UNHEALTHY:
+            self.note_mark(f"{instance.id} {instance.region}")  # before: the answer may be lost
         try:
             if client:
                 set_health(client, instance.id, wanted)
         except Exception as error:
-            if answer_in(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 500:
-                self.note_mark(before)  # AWS has refused this very call
+            if response_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 500:
+                self.note_mark(before)  # AWS has refused this call
             raise
-        if wanted == MARK_HEALTHY:
+        if wanted == CALL_HEALTHY:
             self.note_mark("")
 
     def note_mark(self, marked):
@@ -1246,22 +1242,22 @@ class Marker(Stepper, threading.Thread):
         else:
             done = "Dry run: would have marked" if self.is_dry_run else "Marked Instance"
             line = f"{done} as {wanted}: {who}: {findings.evidence}"
-            log.log(WARNING if wanted == MARK_UNHEALTHY else INFO, line)
+            log.log(WARNING if wanted == CALL_UNHEALTHY else INFO, line)
         if not error or re.match(DENIED, code_of(error)):
             self.denial = result
         last_call = {"status": wanted, "error": result, "time": time.time()}
         self.publish(calls=calls, last_call=last_call, why_not=result)
         return delay
 
-    def rehearse(self, now):
-        """Rehearse if it is due (never in a dry run), and publish how one went."""
+    def rehearse_if_due(self, now):
+        """Start a rehearsal if it is due (never in a dry run), and publish how one went."""
         rehearsal = self.rehearsal
         if rehearsal.command and not rehearsal.child and now >= rehearsal.due:
-            self.gather()
+            self.read_metadata()
             rehearsal.start(now)
         why_not = rehearsal.poll(now)
         if why_not is not None:
-            self.gather()
+            self.read_metadata()
             self.publish(why_not=why_not or self.denial)
 
     def publish(self, **changes):
@@ -1270,8 +1266,11 @@ class Marker(Stepper, threading.Thread):
 
 # ---- Telling -------------------------------------------------------------------------------------
 # The log, the journal, systemd and the file that remembers a mark: how the program speaks. Nothing
-# here decides, and nobody waits for it: what cannot be written is lost.
+# here decides. What cannot be written is lost, and no thread waits for the writer.
 
+READY = "Ready to mark {0.id} in {0.region}"
+NOT_READY = "A mark would not succeed now: "
+DRY_RUN = "dry run, nothing is marked"
 FORMATTER = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%FT%T")
 FORMATTER.converter = time.gmtime
 
@@ -1281,7 +1280,7 @@ class Systemd:
 
     def __init__(self):
         self.address = re.sub("^@", "\0", os.environ.pop("NOTIFY_SOCKET", ""))  # @: abstract
-        self.is_parent = bool(os.environ.pop("INVOCATION_ID", ""))  # whether it started this
+        self.started_us = bool(os.environ.pop("INVOCATION_ID", ""))
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
     def notify(self, *lines):
@@ -1291,7 +1290,7 @@ class Systemd:
     def journal(self, level, text):
         """Write one line to the journal (syslog(3)); logging's SysLogHandler would block."""
         priority = 3 if level >= ERROR else 4
-        self.send(f"<{priority}>healthchecker: {text:.9999}", "/dev/log" if self.is_parent else "")
+        self.send(f"<{priority}>healthchecker: {text:.9999}", "/dev/log" if self.started_us else "")
 
     def send(self, text, address):
         if address:
@@ -1316,7 +1315,7 @@ class Writer(logging.Handler):
         logging.getLogger().addHandler(logging.NullHandler())  # for what libraries log
 
     def emit(self, record):
-        with suppress(Exception):  # there may be no memory
+        with suppress(Exception):  # without memory, the line is lost
             text, is_warning = record.getMessage(), record.levelno >= WARNING
             if is_warning:  # at once, before it may wait for a disk
                 self.systemd.journal(record.levelno, text)
@@ -1325,7 +1324,7 @@ class Writer(logging.Handler):
             self.has_news.set()
 
     def remember(self, marked):
-        """Write to the file which mark may stand, before the lines that wait."""
+        """Have the file say that this mark may stand; the lines that wait come after it."""
         self.marks.append(marked)
         self.has_news.set()
 
@@ -1336,7 +1335,7 @@ class Writer(logging.Handler):
                     if self.mark_file:
                         replace_file(self.mark_file, self.marks[0], 0o644)
                 except Exception as error:
-                    log.warning(f"A mark is not remembered over a restart: {describe(error)}")
+                    log.warning(f"A mark is not remembered across a restart: {describe(error)}")
                 self.marks.popleft()
             elif self.lines:
                 with suppress(OSError):
@@ -1399,8 +1398,8 @@ def how_to_take_back(marked):
 class CheckLoop(threading.Timer):
     """A Timer that repeats: it probes one check at a fixed rate, for the first time when `due`.
 
-    It puts (loop, start of the probe, passed, text) into the inbox. `passed` is None if a fault of
-    this program spoiled the probe; `text` is the reason of a failure, or a remark, or empty.
+    It puts (loop, start of the probe, passed, text) into the inbox. `passed` is None if the probe
+    says nothing about the service; `text` says why, or why it failed, or is a remark, or empty.
     """
 
     def __init__(self, check, inbox, due):
@@ -1417,36 +1416,39 @@ class CheckLoop(threading.Timer):
                 # Not finished.wait(): before Python 3.11, that follows the wall clock.
                 time.sleep(min(self.due - begin, 10.0))
                 continue
-            passed, text = self.attempt()
-            end, start, self.probing = monotonic(), self.probing, None
+            start, passed, text = self.attempt()
+            end = monotonic()
             self.due = next_due(self.due, self.interval, end)
             self.inbox.append((self, start, passed, text))
-            result = "passed" if passed else f"failed: {text}"
+            result = "passed" if passed else f"{'spoiled' if passed is None else 'failed'}: {text}"
             log.debug(f"Probe of {self.check.name} {result} in {(end - begin) * 1000:.0f} ms")
 
     def attempt(self):
-        """Probe once; returns (passed, text) for the inbox."""
+        """Probe once; returns (start, passed, text) for the inbox."""
+        start = None
         try:
             if self.check.endpoint.scheme == "https":
-                self.tls.prepare()  # before the start: the time of a probe is the service's
-            self.probing = monotonic()
-            return True, self.function(self.check, self.tls) or ""
+                self.tls.prepare()  # not on the service's time
+            start = self.probing = monotonic()
+            return start, True, self.function(self.check, self.tls) or ""
         except ProbeFailure as failure:
             is_shortage = getattr(failure.__cause__, "errno", None) in SHORTAGES
             is_evidence = not is_shortage and can_open_descriptors()
-            return False if is_evidence else None, str(failure)
+            return start, False if is_evidence else None, str(failure)
         except BaseException as fault:  # whatever it is, the loop goes on
-            return None, describe(fault)
+            return start, None, describe(fault)
+        finally:
+            self.probing = None  # before main hears of it; and should this thread end here
 
 
 # ---- Daemon and gate -----------------------------------------------------------------------------
 # The main thread: it counts results and takes the verdict, in step(now). A step waits for nothing,
-# except a disk when it reads the configuration (/run is memory). The gate does it, then exits.
+# except for the configuration in a reload (/run is memory). A gate does the same until it exits.
 
 SPREAD = 0.001  # seconds between the starts of two loops: in one burst, they would cost more CPU
 HANG_SLACK = 0.25  # seconds past its deadline that a probe has to report its own failure
-LONGEST_STEP = 60.0  # seconds: a step of the marker that takes longer is said to hang
-LONGEST_SILENCE = 300.0  # seconds that a check may go without a result, beside its period
+LONGEST_STEP = 60.0  # seconds: a step of the marker that takes longer is reported as hanging
+LONGEST_SILENCE = 300.0  # seconds that a check may go without a result, in addition to its period
 
 
 class Record:
@@ -1457,12 +1459,12 @@ class Record:
         self.loop = CheckLoop(check, inbox, due)
         self.period = max(check.frequency, check.timeout)
         self.health = Health()
-        self.reason, self.failed_at = "", None  # of its last failure, and when that was counted
-        self.heard_at = due  # when a result was counted last; before, when its loop starts
+        self.reason, self.failed_at = "", None  # why it last failed, and when that was counted
+        self.heard_at = due  # when a result was last counted; at first, when its loop starts
         self.has_remark = False  # whether a remark of its probes was logged
         self.is_faulty = False  # whether the last probe was spoiled by a fault of this program
-        self.hung = 0.0  # the start of the last probe that was counted as failed because it hung
-        self.hung_again = 0.0  # when that counts as failed once more
+        self.hung_start = 0.0  # when the probe started that was last counted because it hung
+        self.hung_due = 0.0  # when that probe counts once more, if it still hangs
         self.loop.start()
 
     def __str__(self):
@@ -1524,8 +1526,8 @@ class Monitor(Stepper):
     def receive(self, result, now):
         loop, start, passed, text = result
         name, record = loop.check.name, self.records.get(loop.check.name)
-        if loop.finished.is_set() or record.hung == start:
-            return  # a reload has replaced the check, or the probe hung and was counted as failed
+        if loop.finished.is_set() or start == record.hung_start:
+            return  # a reload removed the check, or this probe was counted before, because it hung
         if passed is not None:
             self.count(record, now, passed, text)
         elif not record.is_faulty:
@@ -1549,19 +1551,20 @@ class Monitor(Stepper):
             log.warning(f"Check {check.name} failed (1 of {check.threshold}): {reason}")
 
     def count_hung(self, now):
-        """Count probes that outlive their deadline: name resolution cannot be interrupted."""
+        """Count probes that hang as failed, once per period; returns when the next one is due."""
+        # Only name resolution can hang: it has no timeout, and nothing can interrupt it.
         wake = math.inf
-        # At most once per step: after a pause of the process, nobody knows what happened meanwhile.
         for record in self.records.values():
-            start = record.loop.is_alive() and record.loop.probing or math.inf  # dead: no evidence
-            timeout = record.check.timeout
-            overdue = record.hung_again if start == record.hung else start + timeout + HANG_SLACK
-            if now >= overdue:
-                record.hung, record.hung_again = start, now + record.period
+            start, timeout = record.loop.probing, record.check.timeout
+            if start is None:
+                continue
+            due = record.hung_due if start == record.hung_start else start + timeout + HANG_SLACK
+            if now >= due:  # once per step: after a pause, nobody knows what happened in it
+                record.hung_start, record.hung_due = start, now + record.period
                 reason = f"no end after {timeout:g}s: it hangs, probably in name resolution"
                 self.count(record, now, False, reason)
             else:
-                wake = min(wake, overdue)
+                wake = min(wake, due)
         return wake
 
     def verdict_now(self):
@@ -1593,7 +1596,7 @@ class Daemon(Monitor):
         wake = super().step(now)
         if self.status is not None:
             return wake
-        # A verdict is withdrawn while the checks say otherwise.
+        # A verdict counts only for as long as the checks still say the same.
         verdict = self.verdict if self.verdict == self.verdict_now() else UNDECIDED
         self.marker.findings = Findings(self.config, verdict, self.evidence())
         if now >= self.show_at or self.marker.report is not self.report:
@@ -1623,11 +1626,9 @@ class Daemon(Monitor):
         self.systemd.notify("STOPPING=1", f"STATUS={words}")
 
     def reload(self, now):
-        """Read the configuration again; a bad one changes nothing.
-
-        Changed checks start unknown, and late results of the old ones are dropped. Equal checks,
-        their probes under way, the verdict, a standing mark and the grace period stay.
-        """
+        """Read the configuration again; a bad one changes nothing."""
+        # Changed checks start unknown, and late results of the old ones are dropped. Equal checks,
+        # their probes under way, the verdict, a standing mark and the grace period stay.
         if not os.path.isfile(self.path):  # standard input or a pipe can be read only once
             log.warning(f"SIGHUP ignored: the configuration, {self.path}, is not a file")
             return
@@ -1637,16 +1638,15 @@ class Daemon(Monitor):
             reason = str(error) if isinstance(error, ConfigError) else describe(error)
             log.error(f"Configuration not reloaded, the old one stays: {reason}")
             return
-        self.status = 1  # in case a thread cannot be started: systemd then starts the daemon again
+        self.status = 1  # should `use` fail to start a thread: exit, and systemd starts us again
         self.use(config, max(now, self.grace_end))
         self.status, self.next_act = None, now
-        log.info("Configuration reloaded; its graceperiod counts from the next start")
+        log.info("Configuration reloaded; the grace period does not start again")
 
     def is_well(self, now):
-        """Whether to feed systemd's watchdog; without it for a minute, systemd restarts the daemon.
-
-        A marker that hangs would hang again after a restart: `why_not` reports it instead.
-        """
+        """Whether all threads live and all checks have results: then systemd's watchdog is fed."""
+        # After a minute without it, systemd restarts the daemon. A marker that hangs would hang
+        # again after that: `why_not` reports it instead.
         for record in self.records.values():
             limit = record.heard_at + record.period + LONGEST_SILENCE
             if now > limit or not record.loop.is_alive():
@@ -1668,11 +1668,11 @@ class Daemon(Monitor):
         self.report, self.show_at = self.marker.report, now + 60.0
         why_not = self.why_not(now)
         if why_not not in (None, self.last_why_not):  # each change is logged
-            line = NOT_READY + why_not if why_not else READY(self.report.instance)
+            line = NOT_READY + why_not if why_not else READY.format(self.report.instance)
             log.log(WARNING if why_not else INFO, line)
             self.last_why_not = why_not
         status = self.as_dict(now, why_not)
-        # READY more than once does no harm, and one may be lost.
+        # Send READY each time: more than one does no harm, and one may be lost.
         self.systemd.notify("READY=1", f"STATUS={status['summary']}")
         if self.directory:
             with suppress(OSError):
@@ -1690,7 +1690,7 @@ class Daemon(Monitor):
             checks[name].update(reason=record.reason, failed_at=record.failed_at)
             checks[name].update(endpoint=str(record.check.endpoint))
         return {
-            **self.report._asdict(),
+            **self.report._asdict(),  # wanted, hold, calls, last_call; the others are replaced
             "version": __version__,
             "written": now,
             "instance": self.report.instance.id,
@@ -1746,7 +1746,7 @@ STATE_DIRECTORY = "/var/lib/healthchecker"
 UNIT = """\
 [Unit]
 Description=EC2 local health checker
-# Not after cloud-init: started from user data, it would wait for itself.
+# Not after cloud-init, which may start this service from user data: they would wait forever.
 Wants=network-online.target
 After=network-online.target
 StartLimitIntervalSec=0
@@ -1876,7 +1876,7 @@ def remove():
     output_of("systemctl", "disable", "--now", SERVICE)
     print_mark()
     shutil.rmtree(os.path.realpath(STATE_DIRECTORY), ignore_errors=True)
-    for path in (UNIT_FILE, INSTALLED, STATE_DIRECTORY):  # the last is a link of a DynamicUser's
+    for path in (UNIT_FILE, INSTALLED, STATE_DIRECTORY):  # with DynamicUser=, the last is a link
         with suppress(FileNotFoundError):
             os.unlink(path)
     output_of("systemctl", "daemon-reload")
@@ -1900,7 +1900,7 @@ def print_mark():
 
 
 def print_status():
-    """Print how the service and each check stand: 0 well, 3 not running, 4 could not mark."""
+    """Print how the service and each check stand; returns the exit status."""
     state = properties()
     is_running = state["MainPID"] not in ("", "0")
     since = state["ActiveEnterTimestamp" if is_running else "InactiveEnterTimestamp"]
@@ -1911,7 +1911,7 @@ def print_status():
     if not is_running:
         words = state["StatusText"]  # the last that the program said of itself, if anything
         say(f"{service}\nits last words: {words}" if words else service)
-        if "set-instance-health" not in words:
+        if "set-instance-health" not in words:  # else they have just said so
             print_mark()
         return 3
     try:
@@ -1974,7 +1974,7 @@ instance unhealthy in its Auto Scaling group, so that the group replaces it.
 Exit status: 0 done, or a daemon stopped by a signal; 1 not healthy, or failed;
 2 a mistake in usage or configuration; -command status: 3 not running, 4 a mark
 would not succeed."""
-OPTION = re.compile("(?s)--?([^-=][^=]*)(?:=(.*))?|.*")
+OPTION = re.compile("(?s)--?([^-=][^=]*)(?:=(.*))?|.*")  # NAME and VALUE; or it is no option
 SWITCHES = "testconfig rehearse foreground fg-exit-early-if-healthy dry-run verbose version h help"
 OPTIONS = dict.fromkeys(SWITCHES.split(), False)  # all of them, with their defaults
 OPTIONS.update(healthcheckfile=DEFAULT_FILE, launchtime="-1", command="")
@@ -2017,7 +2017,7 @@ def check_options(options):
 
 def main(argv=None) -> int:
     """Run the program with these arguments, or the process's own; returns the exit status."""
-    if None in (sys.stdin, sys.stdout, sys.stderr):  # or a socket would get the number of one
+    if None in (sys.stdin, sys.stdout, sys.stderr):  # or a socket becomes descriptor 0, 1 or 2
         while os.open(os.devnull, os.O_RDWR) < 2:
             pass
     systemd = Systemd()
@@ -2032,8 +2032,8 @@ def main(argv=None) -> int:
 
 
 def complain(systemd, level, line):
-    """Write a line to stderr; with time and level if systemd started this: stderr is its log."""
-    if systemd.is_parent:
+    """Write a line to stderr; if systemd has started us, in the format of the log."""
+    if systemd.started_us:
         line = FORMATTER.format(logging.makeLogRecord({"levelname": level, "msg": line}))
     say(line, file=sys.stderr)
 
@@ -2051,7 +2051,7 @@ def dispatch(options, systemd):
     if options["rehearse"]:
         prepare_environment()
         instance, why_not = rehearse()
-        say(why_not or READY(instance))
+        say(why_not or READY.format(instance))
         return int(bool(why_not))
     config = load_config(options["healthcheckfile"])
     if options["testconfig"]:
@@ -2084,7 +2084,7 @@ def run_service(options, config, systemd):
     else:
         prepare_environment()
         isolation = ["-I"] if sys.flags.isolated else []
-        # Not what was compiled, which an upgrade of Python can make unreadable.
+        # The source, also if this runs the .pyc, which an upgrade of Python can make unreadable.
         command = [sys.executable, *isolation, main.__code__.co_filename, "-rehearse"]
         rehearsal = Rehearsal([] if is_dry_run else command)
         marker = Marker(config, rehearsal, writer, read_file(writer.mark_file))
