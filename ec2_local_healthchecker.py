@@ -14,22 +14,22 @@ This program can end the machine that it runs on. It follows three rules, the fi
 
 The file reads from top to bottom: each section uses only the sections above it. The threads:
 
-    main            owns the checks, their health and the verdict (Daemon)
+    main            owns the checks, their health and the verdict; writes to /run (Daemon)
     one per check   probes at a fixed rate and passes the results to main (CheckLoop)
     marker          owns the mark: reads metadata, calls AWS, rehearses (Marker)
-    writer          writes to disk: the log, and the file that remembers a mark (Writer)
+    writer          writes to disks: the log, and the file that remembers a mark (Writer)
 
 What happens when something fails, and where to read it:
 
-    a step raises, memory runs out   the same step or call is tried again (Stepper, try_to_mark)
-    a thread ends, or main hangs     systemd's watchdog restarts the daemon (is_well)
+    memory runs out, a step raises   the call or the step is tried again (try_to_mark, Stepper)
+    a thread ends, or main hangs     the watchdog restarts the daemon, with a grace period (is_well)
     the resolver hangs in a probe    the probe counts as failed, again each period (count_hung)
-    the marker hangs                 the log and -command status say so (why_not)
-    metadata cannot be read          the last values count; without an id, no call (read_metadata)
+    it hangs in a call               no call is made; log and status say so (why_not, set_health)
+    metadata cannot be read          old values count; without id or region, no call (read_metadata)
     the disk of the log hangs        the writer waits, and nobody waits for the writer (Writer)
 
 All waiting and timing uses time.monotonic. The wall clock is for -launchtime, for stamps in the
-log, for the time of the last call in status.json, and for boto3, which signs requests with it.
+log, for the time of the last call in status.json, for the signatures of boto3 and for certificates.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ say = partial(print, flush=True)
 
 
 def refuse_truncated_file():
-    # The last line of the file is os._exit(), which skips this: it runs only if that is missing.
+    # os._exit() in the last line skips this function. It runs only if the last line is missing.
     say(f"{PROGRAM}: the file is incomplete: fetch it again", file=sys.stderr)
     os._exit(1)
 
@@ -84,9 +84,9 @@ if __name__ == "__main__":
 
 
 # ---- Deciding ------------------------------------------------------------------------------------
-# When this program calls SetInstanceHealth, with which status, and what holds a call back: all of
-# that is here, as functions of plain values. No clock, network, thread or global belongs here.
-# To mark the instance is to make the call Unhealthy; the call Healthy takes a mark back.
+# When this program marks the instance (it calls SetInstanceHealth with Unhealthy) or takes a mark
+# back (with Healthy), and what holds such a call back: all of that is here, as functions of plain
+# values. No clock, network, thread or global belongs here.
 
 UNKNOWN, HEALTHY, FAILING = "unknown", "healthy", "failing"  # the states of a check
 UNDECIDED, UNHEALTHY = "undecided", "unhealthy"  # the verdicts; HEALTHY is the third
@@ -118,10 +118,10 @@ def verdict_of(states) -> str:
 
 
 def decide(
-    verdict: str,  # main's last; undecided if the checks now say otherwise, in a reload, in a stop
+    verdict: str,  # main's last one; or undecided: if the checks disagree, in a reload or a stop
     recovery: bool,  # whether the configuration lets us take back a mark of our own
     may_stand: bool,  # whether a mark of our own may be in effect: sent, and not taken back
-    problem: str,  # why no call can name this instance; empty: its id and region are known
+    problem: str,  # why no call can name this instance; empty: there is no such problem
     lifecycle: str | None,  # its target state, as last read; None: it has none, or was never read
     grace_end: float,  # when the grace period after its return to service ends; 0: there is none
     now: float,
@@ -151,10 +151,11 @@ class Absence(NamedTuple):
     def after(self, verdict, lifecycle, grace_end):
         """The absence after one more reading; `grace_end` is one whole grace period from now."""
         if verdict == HEALTHY:
-            return Absence()  # there is nothing to mark: forget the absence and the grace period
-        if lifecycle in IN_SERVICE:
-            return Absence(False, grace_end) if self.is_out_of_service else self
-        return Absence(True) if verdict == UNHEALTHY else self  # undecided: nothing changes
+            return Absence()  # there is nothing to mark: forget it, and its grace period
+        if lifecycle not in IN_SERVICE:  # an absence begins only with an unhealthy verdict
+            return Absence(True) if verdict == UNHEALTHY else self
+        # In service: one that is just back starts its grace period, any other keeps what it has.
+        return Absence(False, grace_end) if self.is_out_of_service else self
 
 
 def call_backoff(calls, frequency, failed, jitter) -> float:
@@ -190,7 +191,9 @@ class ConfigError(Exception):
 
 
 def hide_secrets(url):
-    """`url` as it is shown: *** stands for a user and password, and for the query."""
+    """`url` as it is shown: *** stands for a user and password, and for query and fragment."""
+    # The other secrets are the values of headers: as_dict masks them, no message has them, and
+    # probe_http sends them to the scheme, host and port of the check only.
     return re.sub("(?s)(?<=//)[^/?#]*(?=@)|(?<=[?#]).+", "***", url)
 
 
@@ -267,14 +270,11 @@ ESCAPED = str.maketrans('0abtnvfre "/\\N_LP', '\0\a\b\t\n\v\f\r\x1b "/\\\x85\xa0
 
 
 def parse_yaml(text: str) -> tuple[dict, dict]:
-    """The nested mappings of strings in `text`, and the line of each path of keys.
-
-    It accepts block mappings with scalars that end on their line, a subset of YAML 1.1, in linear
-    time. ConfigError with the line for everything else.
-    """
+    """Nested mappings of strings, and the line of each path of keys; ConfigError for all else."""
+    # A subset of YAML 1.1: block mappings, and scalars that end on their line.
     lines, root = {}, {}
     levels = [(-1, root, ())]  # the open mappings, outermost first: (indentation, mapping, path)
-    waiting = (root, "", ())  # the key whose value may be on deeper lines; at first, root[""]
+    waiting = (root, "", ())  # what deeper lines may belong to; the document will be root[""]
     for number, line in _content(text):
         indent = len(line) - len(line.lstrip(" "))
         while indent < levels[-1][0]:
@@ -347,7 +347,7 @@ def _unescaped(escape):
 
 # ---- Configuration -------------------------------------------------------------------------------
 # Every key with its reader and its default, and all validation: a configuration that loads will
-# run. Nothing is resolved or connected to here, and no other file is opened.
+# run. Nothing is connected to here; of other files, only /etc/services is read.
 
 DEFAULT_FILE = "/etc/sysconfig/ec2-local-healthchecker.yml"
 DEFAULT_PORTS = {"http": 80, "https": 443, "tcp": 0}  # 0: there is none
@@ -385,7 +385,7 @@ class Endpoint(NamedTuple):
                 socket.inet_aton(host)  # it knows short forms like 127.1
             port = port or str(DEFAULT_PORTS[parts.scheme])
             port = int(port) if port.isdigit() else socket.getservbyname(port, "tcp")
-            is_whole = parts.netloc == text if is_tcp else parts.scheme in ("http", "https")
+            is_whole = (parts.netloc == text) if is_tcp else parts.scheme in ("http", "https")
             if not (is_whole and host and 0 < port < 65536 and re.fullmatch("[!-~]+", text)):
                 raise ValueError
         except (AttributeError, KeyError, OSError, ValueError):
@@ -418,7 +418,7 @@ def status_codes(text):
 
 def nested(data):
     """An empty mapping, for keys that are read later; AttributeError if `data` is a scalar."""
-    data.keys()
+    data.keys()  # a scalar, which is a str, has no keys
     return {}
 
 
@@ -489,13 +489,12 @@ class Config(NamedTuple):
                 if "endpoint" not in keys:
                     raise ConfigError("a check has an endpoint: write one below it, indented")
                 checks.append(Check(name, **{"frequency": config.frequency, **keys}))
+                host, line = keys["endpoint"].host, lines["checks", name, "endpoint"]
+                if not LOOPBACK.fullmatch(host):
+                    advice = 'is another machine, see "Across a group" in the README'
+                    warnings.append(f"{source}:{line}: {name}: if {host} {advice}")
         except ConfigError as error:
             raise ConfigError(f"{source}:{place}{error}") from None
-        for check in checks:
-            if not LOOPBACK.fullmatch(check.endpoint.host):
-                line = lines["checks", check.name, "endpoint"]
-                advice = 'is another machine, see "Across a group" in the README'
-                warnings.append(f"{source}:{line}: {check.name}: if {check.endpoint.host} {advice}")
         return config._replace(checks=tuple(checks), warnings=tuple(warnings))
 
     def as_dict(self):
@@ -510,7 +509,8 @@ class Config(NamedTuple):
 
 def read_key(path, data, values):
     """Read the key at `path` of `data` into its place in `values`; ConfigError if it is wrong."""
-    *outer, name = path  # ["checks"] is outside of a check, ["checks", CHECK] outside of its keys
+    # Paths: (KEY,), (checks, CHECK), (checks, CHECK, KEY), (checks, CHECK, headers, HEADER)
+    *outer, name = path
     for key in outer:
         data, values = data[key], values[key]
     if len(outer) == 1:
@@ -535,14 +535,14 @@ def read_value(name, value, keys, values):
     try:
         values[key] = read(value)
     except (AttributeError, KeyError, TypeError, ValueError):
-        what = "this value" if key == "headers" else quoted(str(value))
+        what = quoted(value) if isinstance(value, str) and key != "headers" else "this value"
         raise ConfigError(f"{what} is not valid: {advice}") from None
 
 
 def require_check(name, checks):
     """ConfigError unless what is below this name can be a check."""
     keys = checks[name]
-    # Keys like endpoint that stand beside the name of their check, not indented below it.
+    # Keys on the lines after `web:` that are not indented below it: they look like checks.
     strays = [key for key in checks if key in CHECK_KEYS and isinstance(checks[key], str)]
     if name in strays:
         raise ConfigError("a key of a check: indent it below the name of its check")
@@ -605,27 +605,28 @@ def load_config(path: str) -> Config:
 # ---- Probes --------------------------------------------------------------------------------------
 # One attempt each: return, or raise ProbeFailure for what the service did, and anything else for
 # what went wrong on this side. A hostile service can pass or fail its own check, and have a probe
-# send GETs to any port of this machine. A probe takes at most `timeout`, and 2 MiB per response.
-# A service cannot forge a log line, and cannot send a probe, or a secret header, elsewhere.
+# send GETs to any port of this machine, until the timeout. A probe keeps at most 1 MiB of what it
+# reads. A service cannot forge a log line, nor send a probe, or a secret header, elsewhere.
 
 MAX_REDIRECTS, REDIRECTS = 10, (301, 302, 303, 307, 308)
-LARGEST_HEAD, LARGEST_BODY, PIECE = 2**20, 2**20, 2**13  # bytes of a response that are read
+LARGEST_HEAD, LARGEST_BODY, PIECE = 2**20, 2**20, 2**13  # bytes
 INTERIM = re.compile(rb"HTTP/\S+ +1(?!01)[0-9][0-9]\b")  # the responses to skip: RFC 9110, 15.2
 NEEDED = (b"location:", b"content-length:", b"transfer-encoding:")  # the fields that are read
-# This machine lacks descriptors, buffers or memory: that is no evidence against the service.
+# This machine lacks descriptors, buffers or memory: that is no evidence against the service. A lack
+# of local ports (EADDRNOTAVAIL) counts as a failure: every client on this machine meets it.
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, socket.EAI_MEMORY)
 
 
 class ProbeFailure(Exception):
-    """The service failed the probe: a printable line of at most 200 characters says how."""
+    """The service failed the probe; a printable line says how. Its __cause__ may be a shortage."""
 
-    def __init__(self, reason):  # it may echo the query, which may hold a secret
-        super().__init__(printable(re.sub(r"\?[^\s)]+", "?***", reason)))
+    def __init__(self, reason):  # which may echo the query, and so a secret
+        super().__init__(printable(re.sub(r"\?(?!\*\*\*)\S+", "?***", reason)))
 
 
 def can_open_descriptors():
-    """Whether four are free: the resolver and TLS report a shortage as some other error."""
-    with suppress(OSError), socket.socket(), socket.socket(), socket.socket(), socket.socket():
+    """Whether four are free, enough for a probe: the resolver and TLS do not report a shortage."""
+    with suppress(Exception), socket.socket(), socket.socket(), socket.socket(), socket.socket():
         return True
     return False
 
@@ -638,7 +639,8 @@ class Deadline:
 
     def left(self, doing):
         """The seconds left for `doing`; ProbeFailure when there are none."""
-        self.missed, left = f"timed out after {self.timeout:g}s {doing}", self.end - monotonic()
+        self.missed = f"timed out after {self.timeout:g}s {doing}"  # also if a socket times out
+        left = self.end - monotonic()
         if left <= 0:
             raise ProbeFailure(self.missed)
         return left
@@ -703,11 +705,9 @@ def probe_tcp(check, tls):
 
 
 def probe_http(check, tls):
-    """Pass if a GET ends in one of the check's codes, or in a redirect to another host.
-
-    A redirect is followed to the host of the check or to loopback: what is elsewhere, like a load
-    balancer, says nothing about this instance. Returns a remark if one leads elsewhere, else None.
-    """
+    """Pass if a GET ends in one of the check's codes, or in a redirect elsewhere: then a remark."""
+    # A redirect is followed to the host of the check and to loopback. What is elsewhere, like a
+    # load balancer, says nothing about this instance.
     deadline = Deadline(check.timeout)
     endpoint, headers = check.endpoint, check.headers
     try:
@@ -733,7 +733,7 @@ def probe_http(check, tls):
         if endpoint == check.endpoint:
             raise
         reason = f"{str(error)[:100]} (redirected to {endpoint})"
-        raise ProbeFailure(reason) from error.__cause__  # CheckLoop looks for a shortage in it
+        raise ProbeFailure(reason) from error.__cause__
 
 
 def follow(endpoint, location, own_host):
@@ -752,14 +752,12 @@ def follow(endpoint, location, own_host):
 
 
 def exchange(method, endpoint, headers, deadline, tls):
-    """Send one request, never through a proxy: (response, body). Raises as a probe does.
-
-    `body` is the first PIECE, or empty if the whole did not arrive. Up to LARGEST_BODY bytes are
-    read, for at most half the time left, so that the service sees no reset; a failure is ignored.
-    """
-    context = tls.prepare() if endpoint.scheme == "https" else None  # no service's failure
+    """Send one request, never through a proxy: (response, body). Raises as a probe does."""
+    # `body` is the first PIECE, or empty if the whole did not arrive. Up to LARGEST_BODY bytes are
+    # read, for at most half the time left, so that the service sees no reset; a failure is ignored.
+    context = tls.prepare() if endpoint.scheme == "https" else None
     sock = connect(endpoint.host, endpoint.port, deadline)
-    try:
+    try:  # from here on, a failure is the service's
         if context:
             sock.settimeout(deadline.left("in the TLS handshake"))
             # The name for the handshake and the certificate; neither has a final dot.
@@ -777,7 +775,7 @@ def exchange(method, endpoint, headers, deadline, tls):
             if context:
                 sock.settimeout(reader.deadline.left("closing"))
                 sock.unwrap()  # or the service sees a connection that ends within TLS
-        return response, b"" if response.length else body
+        return response, b"" if response.length else body  # length: of what is missing
     except socket.timeout:
         raise ProbeFailure(deadline.missed) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -868,13 +866,12 @@ class Instance(NamedTuple):
     lifecycle: str | None = None  # the target lifecycle state; None: there is none, or never read
     id: str | None = None
     region: str | None = None
-    unread: str = ""  # why an item could not be read this time; that alone holds no call
+    unread: str = ""  # why an item could not be read this time, and keeps its value
     problem: str = ""  # why no call can name this instance
 
 
 def read_metadata(before: Instance) -> Instance:
     """Read each item of metadata by itself (IMDSv2); one that cannot be read keeps its value."""
-    # A variable replaces an item that was never read. If both are known, they must be equal.
     found, unread, problem = before._asdict(), "", ""
     try:
         token = ask_metadata("PUT", "api/token", "X-aws-ec2-metadata-token-ttl-seconds", "60")
@@ -886,10 +883,10 @@ def read_metadata(before: Instance) -> Instance:
                 found[item] = ask_metadata("GET", path, "X-aws-ec2-metadata-token", token)
         except (OSError, ProbeFailure) as error:
             unread = str(error)
-        value = os.getenv(variable) or found[item]
-        if found[item] is None:
+        value = variable and os.getenv(variable)
+        if value and found[item] is None:  # it was never read
             found[item] = value
-        elif found[item] != value:  # the variable came with the image, from another instance
+        elif value and value != found[item]:  # it came with the image, from another instance
             problem = f"{variable} is {value}, metadata says {found[item]}: remove the variable"
     if not (problem or (found["id"] and found["region"])):  # never known: this holds any call
         advice = f"{METADATA_ADVICE}, or set INSTANCE_ID and AWS_REGION"
@@ -931,9 +928,9 @@ def prepare_environment():
 
 def autoscaling(instance, is_broken=False):
     """A new client of the Auto Scaling API, with credentials; ImportError if boto3 makes none."""
-    # Drop what the last try left half imported. It could not do so itself if memory ran out.
-    for name in set(sys.modules) - MODULES_BEFORE_BOTO3 if is_broken else ():
-        sys.modules.pop(name, None)
+    if is_broken:  # the last time: drop what is half imported (then, memory may have run out)
+        for name in set(sys.modules) - MODULES_BEFORE_BOTO3:
+            sys.modules.pop(name, None)
     importlib.invalidate_caches()
     try:
         import boto3.session
@@ -962,7 +959,8 @@ def response_of(error):
 
 
 def set_health(client, instance_id, status):
-    """Call SetInstanceHealth once; raises what boto3 raises, unless AWS accepts the call."""
+    """Call SetInstanceHealth once. Unless AWS accepts it, raises as boto3 does, or LookupError."""
+    # AWS refuses a call that hangs in name resolution for 5 minutes: the signature is too old then.
     try:
         response = client.set_instance_health(InstanceId=instance_id, HealthStatus=status)
         refusal = None
@@ -996,32 +994,30 @@ DENIED = "AccessDenied|Unauthorized"
 ADVICE = {  # what to do about an error: the first pattern that matches "CODE: TEXT" decides
     "ImportError: MemoryError": "the instance is out of memory",
     "ImportError.*nvalid endpoint": "correct AWS_ENDPOINT_URL_AUTO_SCALING or AWS_ENDPOINT_URL",
-    "ImportError: (Invalid|Profile|Config|Value)": "correct AWS_PROFILE, or what else it names",
+    "ImportError: (Invalid|Profile|Config|Value|Part|Cred)": "correct AWS_PROFILE or what it names",
     "ImportError": f"boto3 is missing or broken: {INSTALL_BOTO3}",
     ".*grace period": "a group refuses marks within its health check grace period",
     ".*[Nn]o managed instance": "attach the instance to a group, or stop this service",
     ".*explicit deny": "remove the deny from that policy: nothing overrides it; then restart",
     DENIED: f"allow {PERMISSION} in that policy or in the instance's role; then restart",
     ".*AssumeRole": "correct the role, or the policy that lets this instance assume it",
-    ".*([Ee]xpired|Partial)|Signature|InvalidClient|AuthF": "check the clock and the credentials",
+    ".*[Ee]xpired|Signature|InvalidClient|AuthF": "check the clock and the credentials",
     ".*locate credentials(?!.* has none)": METADATA_ADVICE,
     ".*(locate credentials|Credential|Metadata)": f"attach a profile that allows {PERMISSION}",
     "Throttl|RequestLimit|TooManyRequests": "AWS limits the calls of the account; it tries again",
     "Internal|ServiceUnav|50.:|Resource|Scaling": "AWS has a fault, or is busy; it tries again",
     ".*no AWS request id|ResponseParser|KeyError": "something else answers there: check the proxy",
-    ".*Proxy": "check the proxy that HTTPS_PROXY names",
+    ".*(Proxy|Failed to parse)": "check the URL of the proxy in HTTPS_PROXY",
     ".*SSL": "trust the authority of the certificate by AWS_CA_BUNDLE, or check the proxy",
     ".*(Connect|Timeout|HTTPClient)": "check routes, security groups and the VPC endpoint",
 }
 
 
 def rehearse():
-    """Returns (instance, reason): why a mark of it would not succeed now, or "" if it would.
-
-    It makes the call of a mark with a HealthStatus that does not exist. AWS refuses that with
-    ValidationError, or as it would refuse the mark. It does not try the group's own grace period,
-    which only a mark can meet, and asks nothing of `decide`.
-    """
+    """Returns (instance, reason): why a mark of it would not succeed now, or "" if it would."""
+    # It makes the call of a mark with a HealthStatus that does not exist. AWS refuses that with
+    # ValidationError, or as it would refuse the mark. It does not try the group's own grace period,
+    # which only a mark can meet, nor what holds a call back in `decide`.
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # when memory runs out, the kernel ends this process first
     instance = read_metadata(Instance())
@@ -1038,8 +1034,8 @@ def rehearse():
 class Rehearsal:
     """Runs -rehearse in a child process, so that the memory of boto3 goes with it.
 
-    The first is due at once. The next is due a day after the end of one that went well, 1, 2, 4,
-    5, 5, ... minutes after the start of one that did not, and at once after a call that failed.
+    The first is due at once; the next a day after the end of one that went well; 1, 2, 4, 5, 5, ...
+    minutes after the start of one that did not; or after a failed call, when no call is wanted.
     """
 
     def __init__(self, command):
@@ -1058,9 +1054,11 @@ class Rehearsal:
 
     def poll(self, now):
         """The reason, as `rehearse` has it, of one that ended or takes too long; else None."""
-        status = self.child.poll() if self.child else None
-        if status is None:
-            if not self.child or self.is_killed or now < self.deadline:
+        if not self.child:
+            return None
+        status = self.child.poll()
+        if status is None:  # it has not ended
+            if self.is_killed or now < self.deadline:
                 return None
             self.kill()
             return "a rehearsal did not end in 30s"
@@ -1086,7 +1084,7 @@ class Stepper:
     status = None  # the exit status, when it is time to end
     began = math.inf  # when the step under way began
     is_faulty = False  # whether the last step ended in a fault
-    clock, wait = monotonic, time.sleep  # builtins take no `self`; Monitor has its own `wait`
+    clock, wait = monotonic, time.sleep  # builtins take no `self`; a subclass may have its own
 
     def run(self):
         """Step until it is time to end; returns the exit status."""
@@ -1143,7 +1141,7 @@ class Marker(Stepper, threading.Thread):
         self.is_dry_run = not rehearsal.command
         self.absence = Absence()
         self.due = 0.0  # when the wanted call is tried next
-        self.denial = ""  # by AWS, until a call succeeds: a rehearsal may not meet the same one
+        self.denial = ""  # why AWS denied a call, until one succeeds: a rehearsal may not show it
         self.is_import_broken = False  # whether the last call ended in an ImportError
 
     def step(self, now):
@@ -1170,7 +1168,7 @@ class Marker(Stepper, threading.Thread):
                 client = autoscaling(self.report.instance, self.is_import_broken)
                 findings = self.ask(wanted)  # the verdict may have changed: boto3 takes seconds
             if not findings:
-                return self.findings.config.frequency
+                return self.findings.config.frequency  # ask again after this
             self.call(client, wanted)
         except BaseException as fault:  # even a MemoryError: the call is tried again
             error = fault
@@ -1182,7 +1180,7 @@ class Marker(Stepper, threading.Thread):
         findings = self.findings
         call, hold = self.decide(findings, self.clock())
         if call != wanted:
-            self.publish(wanted=None, hold="")  # the next step starts over
+            self.publish(wanted=None, hold="")  # the next step sees what is wanted now
             return None
         if hold and hold != self.report.hold:
             log.warning(f"Not marking as {wanted}: {hold}")
@@ -1266,7 +1264,7 @@ class Marker(Stepper, threading.Thread):
 
 # ---- Telling -------------------------------------------------------------------------------------
 # The log, the journal, systemd and the file that remembers a mark: how the program speaks. Nothing
-# here decides. What cannot be written is lost, and no thread waits for the writer.
+# here decides. What cannot be written is lost. The end waits for the writer, for half a second.
 
 READY = "Ready to mark {0.id} in {0.region}"
 NOT_READY = "A mark would not succeed now: "
@@ -1335,7 +1333,7 @@ class Writer(logging.Handler):
                     if self.mark_file:
                         replace_file(self.mark_file, self.marks[0], 0o644)
                 except Exception as error:
-                    log.warning(f"A mark is not remembered across a restart: {describe(error)}")
+                    log.warning(f"Cannot write the file that remembers a mark: {describe(error)}")
                 self.marks.popleft()
             elif self.lines:
                 with suppress(OSError):
@@ -1398,8 +1396,9 @@ def how_to_take_back(marked):
 class CheckLoop(threading.Timer):
     """A Timer that repeats: it probes one check at a fixed rate, for the first time when `due`.
 
-    It puts (loop, start of the probe, passed, text) into the inbox. `passed` is None if the probe
-    says nothing about the service; `text` says why, or why it failed, or is a remark, or empty.
+    It has `interval`, `function`, `finished` and `cancel` of Timer. Each probe puts (loop, start of
+    the probe, passed, text) into the inbox. `passed` is None if the probe says nothing about the
+    service; `text` says why, or why it failed, or is a remark, or empty.
     """
 
     def __init__(self, check, inbox, due):
@@ -1438,7 +1437,7 @@ class CheckLoop(threading.Timer):
         except BaseException as fault:  # whatever it is, the loop goes on
             return start, None, describe(fault)
         finally:
-            self.probing = None  # before main hears of it; and should this thread end here
+            self.probing = None  # also if this thread dies here: the probe does not hang
 
 
 # ---- Daemon and gate -----------------------------------------------------------------------------
@@ -1527,7 +1526,7 @@ class Monitor(Stepper):
         loop, start, passed, text = result
         name, record = loop.check.name, self.records.get(loop.check.name)
         if loop.finished.is_set() or start == record.hung_start:
-            return  # a reload removed the check, or this probe was counted before, because it hung
+            return  # a reload removed the check (and its record), or the probe hung and was counted
         if passed is not None:
             self.count(record, now, passed, text)
         elif not record.is_faulty:
@@ -1552,14 +1551,14 @@ class Monitor(Stepper):
 
     def count_hung(self, now):
         """Count probes that hang as failed, once per period; returns when the next one is due."""
-        # Only name resolution can hang: it has no timeout, and nothing can interrupt it.
+        # Name resolution has no timeout, and nothing can interrupt it.
         wake = math.inf
         for record in self.records.values():
             start, timeout = record.loop.probing, record.check.timeout
             if start is None:
                 continue
             due = record.hung_due if start == record.hung_start else start + timeout + HANG_SLACK
-            if now >= due:  # once per step: after a pause, nobody knows what happened in it
+            if now >= due:  # once per step: a pause of this process (SIGSTOP) is no evidence
                 record.hung_start, record.hung_due = start, now + record.period
                 reason = f"no end after {timeout:g}s: it hangs, probably in name resolution"
                 self.count(record, now, False, reason)
@@ -1596,9 +1595,9 @@ class Daemon(Monitor):
         wake = super().step(now)
         if self.status is not None:
             return wake
-        # A verdict counts only for as long as the checks still say the same.
-        verdict = self.verdict if self.verdict == self.verdict_now() else UNDECIDED
-        self.marker.findings = Findings(self.config, verdict, self.evidence())
+        # The last verdict counts only for as long as the checks still say the same.
+        agreed = self.verdict if self.verdict == self.verdict_now() else UNDECIDED
+        self.marker.findings = Findings(self.config, agreed, self.evidence())
         if now >= self.show_at or self.marker.report is not self.report:
             self.show(now)
         if self.is_well(now):
@@ -1613,7 +1612,7 @@ class Daemon(Monitor):
             log.log(WARNING if self.verdict == UNHEALTHY else INFO, line)
 
     def take_signal(self, number, now):
-        # No call is made during a stop, or while the file is read from a disk that may hang.
+        # No call starts during a stop, or while the file is read from a disk that may hang.
         self.marker.findings = self.marker.findings._replace(verdict=UNDECIDED)
         if number == signal.SIGHUP:
             self.reload(now)
@@ -1626,9 +1625,9 @@ class Daemon(Monitor):
         self.systemd.notify("STOPPING=1", f"STATUS={words}")
 
     def reload(self, now):
-        """Read the configuration again; a bad one changes nothing."""
-        # Changed checks start unknown, and late results of the old ones are dropped. Equal checks,
-        # their probes under way, the verdict, a standing mark and the grace period stay.
+        """Read the configuration again; if it is bad, the old one stays."""
+        # Changed checks start unknown; probes under way of the old ones are dropped. Equal checks
+        # and their probes, a mark and the grace period stay. The verdict is taken again at once.
         if not os.path.isfile(self.path):  # standard input or a pipe can be read only once
             log.warning(f"SIGHUP ignored: the configuration, {self.path}, is not a file")
             return
@@ -1638,7 +1637,7 @@ class Daemon(Monitor):
             reason = str(error) if isinstance(error, ConfigError) else describe(error)
             log.error(f"Configuration not reloaded, the old one stays: {reason}")
             return
-        self.status = 1  # should `use` fail to start a thread: exit, and systemd starts us again
+        self.status = 1  # it stays if `use` cannot start a thread: then systemd starts us again
         self.use(config, max(now, self.grace_end))
         self.status, self.next_act = None, now
         log.info("Configuration reloaded; the grace period does not start again")
@@ -1760,6 +1759,7 @@ EnvironmentFile=-/etc/sysconfig/healthchecker
 ExecStartPre=/usr/bin/python3 -I -c "import py_compile, sys; sys.exit(not py_compile.compile( \\
   '/usr/local/bin/ec2_local_healthchecker.py', '/run/healthchecker/ec2_local_healthchecker.pyc'))"
 ExecStart=/usr/bin/python3 -I /run/healthchecker/ec2_local_healthchecker.pyc $OPTIONS
+# A bad file fails the reload. $$@ gets $OPTIONS, so that the same file is tried.
 ExecReload=/bin/sh -c 'exec /usr/bin/python3 -I /usr/local/bin/ec2_local_healthchecker.py \\
   -testconfig "$$@" >/dev/null' sh $OPTIONS
 ExecReload=/bin/kill -HUP $MAINPID
@@ -1974,7 +1974,7 @@ instance unhealthy in its Auto Scaling group, so that the group replaces it.
 Exit status: 0 done, or a daemon stopped by a signal; 1 not healthy, or failed;
 2 a mistake in usage or configuration; -command status: 3 not running, 4 a mark
 would not succeed."""
-OPTION = re.compile("(?s)--?([^-=][^=]*)(?:=(.*))?|.*")  # NAME and VALUE; or it is no option
+OPTION = re.compile("(?s)--?([^-=][^=]*)(?:=(.*))?|.*")  # name and value; .* is for what is none
 SWITCHES = "testconfig rehearse foreground fg-exit-early-if-healthy dry-run verbose version h help"
 OPTIONS = dict.fromkeys(SWITCHES.split(), False)  # all of them, with their defaults
 OPTIONS.update(healthcheckfile=DEFAULT_FILE, launchtime="-1", command="")
@@ -1983,7 +1983,7 @@ OPTIONS.update(healthcheckfile=DEFAULT_FILE, launchtime="-1", command="")
 def parse_command_line(arguments):
     """The value of every option; UsageError for the first mistake."""
     options, rest = dict(OPTIONS), list(arguments)
-    while rest and rest != ["--"]:
+    while rest and rest != ["--"]:  # -- ends the options
         argument = rest.pop(0)
         name, value = OPTION.fullmatch(argument).groups()
         if name not in OPTIONS:
@@ -2084,7 +2084,7 @@ def run_service(options, config, systemd):
     else:
         prepare_environment()
         isolation = ["-I"] if sys.flags.isolated else []
-        # The source, also if this runs the .pyc, which an upgrade of Python can make unreadable.
+        # co_filename is the .py, even if the .pyc runs: an upgrade of Python may not read that.
         command = [sys.executable, *isolation, main.__code__.co_filename, "-rehearse"]
         rehearsal = Rehearsal([] if is_dry_run else command)
         marker = Marker(config, rehearsal, writer, read_file(writer.mark_file))
