@@ -24,7 +24,8 @@ What happens when something fails, and where to read it:
     memory runs out, a step raises   the call or the step is tried again (try_to_mark, Stepper)
     a thread ends, or main hangs     the watchdog restarts the daemon, with a grace period (is_well)
     the resolver hangs in a probe    the probe counts as failed, again each period (count_hung)
-    it hangs in a call               no call is made; log and status say so (why_not, set_health)
+    it hangs before a call           no call is made; log and status say so (why_not)
+    things change before a call      it asks again just before, and makes none (try_to_mark)
     metadata cannot be read          old values count; without id or region, no call (read_metadata)
     the disk of the log hangs        the writer waits, and nobody waits for the writer (Writer)
 
@@ -118,7 +119,7 @@ def verdict_of(states) -> str:
 
 
 def decide(
-    verdict: str,  # main's last one; or undecided: if the checks disagree, in a reload or a stop
+    verdict: str,  # the last one; undecided once the checks no longer give it, in a reload, a stop
     recovery: bool,  # whether the configuration lets us take back a mark of our own
     may_stand: bool,  # whether a mark of our own may be in effect: sent, and not taken back
     problem: str,  # why no call can name this instance; empty: there is no such problem
@@ -175,7 +176,7 @@ def grace_left(graceperiod, age) -> float:
 
 
 def next_due(due, period, now) -> float:
-    """The time that follows `due` at a fixed rate; if it has passed, the latest one that has."""
+    """The next time at a fixed rate after `due`, or the last one that `now` has passed."""
     return due + period * max(1, math.floor((now - due) / period))
 
 
@@ -385,7 +386,7 @@ class Endpoint(NamedTuple):
                 socket.inet_aton(host)  # it knows short forms like 127.1
             port = port or str(DEFAULT_PORTS[parts.scheme])
             port = int(port) if port.isdigit() else socket.getservbyname(port, "tcp")
-            is_whole = (parts.netloc == text) if is_tcp else parts.scheme in ("http", "https")
+            is_whole = parts.netloc == text if is_tcp else parts.scheme in ("http", "https")
             if not (is_whole and host and 0 < port < 65536 and re.fullmatch("[!-~]+", text)):
                 raise ValueError
         except (AttributeError, KeyError, OSError, ValueError):
@@ -542,12 +543,12 @@ def read_value(name, value, keys, values):
 def require_check(name, checks):
     """ConfigError unless what is below this name can be a check."""
     keys = checks[name]
-    # Keys on the lines after `web:` that are not indented below it: they look like checks.
+    # Keys that stand below `web:` without being indented: they look like checks of their own.
     strays = [key for key in checks if key in CHECK_KEYS and isinstance(checks[key], str)]
     if name in strays:
         raise ConfigError("a key of a check: indent it below the name of its check")
     if keys == "" and strays:
-        return  # they belong to this check: report the mistake on their lines
+        return  # from_text reads those next, and reports them on their own lines
     if not isinstance(keys, dict) or not name.isprintable() or not name.strip():
         raise ConfigError("a check has keys, indented below its name: write at least endpoint")
 
@@ -605,15 +606,14 @@ def load_config(path: str) -> Config:
 # ---- Probes --------------------------------------------------------------------------------------
 # One attempt each: return, or raise ProbeFailure for what the service did, and anything else for
 # what went wrong on this side. A hostile service can pass or fail its own check, and have a probe
-# send GETs to any port of this machine, until the timeout. A probe keeps at most 1 MiB of what it
-# reads. A service cannot forge a log line, nor send a probe, or a secret header, elsewhere.
+# send GETs to any port of this machine (or of the host that is checked) until the timeout. A probe
+# keeps at most 1 MiB. A service cannot forge a log line, nor send a probe or a header elsewhere.
 
 MAX_REDIRECTS, REDIRECTS = 10, (301, 302, 303, 307, 308)
 LARGEST_HEAD, LARGEST_BODY, PIECE = 2**20, 2**20, 2**13  # bytes
 INTERIM = re.compile(rb"HTTP/\S+ +1(?!01)[0-9][0-9]\b")  # the responses to skip: RFC 9110, 15.2
 NEEDED = (b"location:", b"content-length:", b"transfer-encoding:")  # the fields that are read
-# This machine lacks descriptors, buffers or memory: that is no evidence against the service. A lack
-# of local ports (EADDRNOTAVAIL) counts as a failure: every client on this machine meets it.
+# Shortages of this machine: no evidence. (EADDRNOTAVAIL, no local port, is: all clients meet it.)
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, socket.EAI_MEMORY)
 
 
@@ -639,7 +639,7 @@ class Deadline:
 
     def left(self, doing):
         """The seconds left for `doing`; ProbeFailure when there are none."""
-        self.missed = f"timed out after {self.timeout:g}s {doing}"  # also if a socket times out
+        self.missed = f"timed out after {self.timeout:g}s {doing}"  # `exchange` raises this, too
         left = self.end - monotonic()
         if left <= 0:
             raise ProbeFailure(self.missed)
@@ -678,7 +678,7 @@ def connect(host, port, deadline):
 class Tls:
     """The TLS context of one check: made when needed, and again after a certificate was refused."""
 
-    def __init__(self, verify=True):
+    def __init__(self, verify):
         self.verify, self.context = verify, None
 
     def prepare(self):
@@ -732,8 +732,7 @@ def probe_http(check, tls):
     except ProbeFailure as error:
         if endpoint == check.endpoint:
             raise
-        reason = f"{str(error)[:100]} (redirected to {endpoint})"
-        raise ProbeFailure(reason) from error.__cause__
+        raise ProbeFailure(f"{str(error)[:100]} (redirected to {endpoint})") from error.__cause__
 
 
 def follow(endpoint, location, own_host):
@@ -888,7 +887,7 @@ def read_metadata(before: Instance) -> Instance:
             found[item] = value
         elif value and value != found[item]:  # it came with the image, from another instance
             problem = f"{variable} is {value}, metadata says {found[item]}: remove the variable"
-    if not (problem or (found["id"] and found["region"])):  # never known: this holds any call
+    if not (problem or (found["id"] and found["region"])):  # one was neither read nor set
         advice = f"{METADATA_ADVICE}, or set INSTANCE_ID and AWS_REGION"
         problem = f"instance metadata cannot be read: {unread} -- {advice}"
     return Instance(**{**found, "unread": unread, "problem": problem})
@@ -899,7 +898,7 @@ def ask_metadata(method, path, header, value):
     endpoint = Endpoint.from_text(f"{os.environ[METADATA]}latest/{path}")
     for attempts_left in reversed(range(METADATA_ATTEMPTS)):
         try:
-            response, body = exchange(method, endpoint, {header: value}, Deadline(1.0), Tls())
+            response, body = exchange(method, endpoint, {header: value}, Deadline(1.0), Tls(True))
             if response.status == 404 and path == LIFECYCLE:
                 return None
             if response.status == 200 and re.fullmatch(rb"[\w:=/+-]{1,200}\s*", body):
@@ -927,8 +926,8 @@ def prepare_environment():
 
 
 def autoscaling(instance, is_broken=False):
-    """A new client of the Auto Scaling API, with credentials; ImportError if boto3 makes none."""
-    if is_broken:  # the last time: drop what is half imported (then, memory may have run out)
+    """A new client of the Auto Scaling API; ImportError if none can be made, or LookupError."""
+    if is_broken:  # the last import failed, perhaps without memory: drop what it left
         for name in set(sys.modules) - MODULES_BEFORE_BOTO3:
             sys.modules.pop(name, None)
     importlib.invalidate_caches()
@@ -949,7 +948,9 @@ def autoscaling(instance, is_broken=False):
     if not credentials:
         why = instance.unread or "it has none"
         raise LookupError(f"unable to locate credentials; instance metadata: {why}")
-    credentials.get_frozen_credentials()  # fetch them now, not within the call
+    credentials.get_frozen_credentials()  # what takes long is done now, not within the call
+    with suppress(OSError):  # behind a proxy, the name may be unknown
+        socket.getaddrinfo(urlsplit(client.meta.endpoint_url).hostname, None)
     return client
 
 
@@ -960,7 +961,6 @@ def response_of(error):
 
 def set_health(client, instance_id, status):
     """Call SetInstanceHealth once. Unless AWS accepts it, raises as boto3 does, or LookupError."""
-    # AWS refuses a call that hangs in name resolution for 5 minutes: the signature is too old then.
     try:
         response = client.set_instance_health(InstanceId=instance_id, HealthStatus=status)
         refusal = None
@@ -1019,7 +1019,7 @@ def rehearse():
     # ValidationError, or as it would refuse the mark. It does not try the group's own grace period,
     # which only a mark can meet, nor what holds a call back in `decide`.
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # when memory runs out, the kernel ends this process first
+        file.write("1000")  # when memory runs out, the kernel ends a rehearsal first
     instance = read_metadata(Instance())
     if instance.problem:
         return instance, instance.problem
@@ -1035,7 +1035,7 @@ class Rehearsal:
     """Runs -rehearse in a child process, so that the memory of boto3 goes with it.
 
     The first is due at once; the next a day after the end of one that went well; 1, 2, 4, 5, 5, ...
-    minutes after the start of one that did not; or after a failed call, when no call is wanted.
+    minutes after the start of one that did not; after a failed call, as soon as no call is wanted.
     """
 
     def __init__(self, command):
@@ -1141,13 +1141,14 @@ class Marker(Stepper, threading.Thread):
         self.is_dry_run = not rehearsal.command
         self.absence = Absence()
         self.due = 0.0  # when the wanted call is tried next
-        self.denial = ""  # why AWS denied a call, until one succeeds: a rehearsal may not show it
+        # Why AWS denied a call, until one succeeds: AWS may check a rehearsal's HealthStatus first.
+        self.denial = ""
         self.is_import_broken = False  # whether the last call ended in an ImportError
 
     def step(self, now):
         """Try the wanted call if it is due; if none is wanted, rehearse."""
         findings = self.findings
-        wanted, _ = self.decide(findings, now)
+        wanted, _ = self.decision(findings, now)
         if wanted != self.report.wanted:
             self.due = now
             self.publish(wanted=wanted, hold="", calls=0)
@@ -1159,16 +1160,16 @@ class Marker(Stepper, threading.Thread):
         return now + POLL_INTERVAL
 
     def try_to_mark(self, wanted):
-        """Ask, load boto3, ask again; call if both say so. Returns the seconds to the next try."""
+        """Ask, make a client, ask again; call if both agree. Returns seconds until the next try."""
         self.rehearsal.kill()
         error = client = findings = None
         try:
             findings = self.ask(wanted)
             if findings and not self.is_dry_run:
                 client = autoscaling(self.report.instance, self.is_import_broken)
-                findings = self.ask(wanted)  # the verdict may have changed: boto3 takes seconds
+                findings = self.ask(wanted)  # again: importing boto3 takes seconds
             if not findings:
-                return self.findings.config.frequency  # ask again after this
+                return self.findings.config.frequency  # held: ask again after this
             self.call(client, wanted)
         except BaseException as fault:  # even a MemoryError: the call is tried again
             error = fault
@@ -1178,9 +1179,9 @@ class Marker(Stepper, threading.Thread):
         """Read metadata; the findings, if they want this call and nothing holds it; else None."""
         self.read_metadata()
         findings = self.findings
-        call, hold = self.decide(findings, self.clock())
+        call, hold = self.decision(findings, self.clock())
         if call != wanted:
-            self.publish(wanted=None, hold="")  # the next step sees what is wanted now
+            self.publish(wanted=None, hold="")  # so the next step starts over, without a wait
             return None
         if hold and hold != self.report.hold:
             log.warning(f"Not marking as {wanted}: {hold}")
@@ -1197,7 +1198,7 @@ class Marker(Stepper, threading.Thread):
         if marked and not instance.problem and marked.split(" ")[0] != instance.id:
             self.note_mark("")
 
-    def decide(self, findings, now):
+    def decision(self, findings, now):
         instance, may_stand = self.report.instance, bool(self.report.marked)
         return decide(
             findings.verdict, findings.config.recovery, may_stand, instance.problem,
@@ -1218,7 +1219,7 @@ class Marker(Stepper, threading.Thread):
                 set_health(client, instance.id, wanted)
         except Exception as error:
             if response_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 500:
-                self.note_mark(before)  # AWS has refused this call
+                self.note_mark(before)  # AWS has refused the call (no answer of AWS counts as 500)
             raise
         if wanted == CALL_HEALTHY:
             self.note_mark("")
@@ -1278,7 +1279,7 @@ class Systemd:
 
     def __init__(self):
         self.address = re.sub("^@", "\0", os.environ.pop("NOTIFY_SOCKET", ""))  # @: abstract
-        self.started_us = bool(os.environ.pop("INVOCATION_ID", ""))
+        self.is_service = bool(os.environ.pop("INVOCATION_ID", ""))  # whether systemd started this
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
 
     def notify(self, *lines):
@@ -1287,8 +1288,8 @@ class Systemd:
 
     def journal(self, level, text):
         """Write one line to the journal (syslog(3)); logging's SysLogHandler would block."""
-        priority = 3 if level >= ERROR else 4
-        self.send(f"<{priority}>healthchecker: {text:.9999}", "/dev/log" if self.started_us else "")
+        line = f"<{3 if level >= ERROR else 4}>healthchecker: {text:.9999}"
+        self.send(line, "/dev/log" if self.is_service else "")
 
     def send(self, text, address):
         if address:
@@ -1524,17 +1525,17 @@ class Monitor(Stepper):
 
     def receive(self, result, now):
         loop, start, passed, text = result
-        name, record = loop.check.name, self.records.get(loop.check.name)
+        record = self.records.get(loop.check.name)
         if loop.finished.is_set() or start == record.hung_start:
             return  # a reload removed the check (and its record), or the probe hung and was counted
         if passed is not None:
             self.count(record, now, passed, text)
         elif not record.is_faulty:
-            log.error(f"Not counted, a fault of this program: probe of {name}: {text}")
+            log.error(f"Not counted, a fault of this program: probe of {loop.check.name}: {text}")
         record.is_faulty = passed is None
         if passed and text and not record.has_remark:
             record.has_remark = True
-            log.warning(f"Check {name}: {text}")
+            log.warning(f"Check {loop.check.name}: {text}")
 
     def count(self, record, now, passed, reason):
         """Count one result; log a change of state, and the first failure after a success."""
@@ -1550,15 +1551,14 @@ class Monitor(Stepper):
             log.warning(f"Check {check.name} failed (1 of {check.threshold}): {reason}")
 
     def count_hung(self, now):
-        """Count probes that hang as failed, once per period; returns when the next one is due."""
-        # Name resolution has no timeout, and nothing can interrupt it.
+        """Count probes that hang in name resolution, once per period; returns when to come back."""
         wake = math.inf
         for record in self.records.values():
             start, timeout = record.loop.probing, record.check.timeout
             if start is None:
                 continue
             due = record.hung_due if start == record.hung_start else start + timeout + HANG_SLACK
-            if now >= due:  # once per step: a pause of this process (SIGSTOP) is no evidence
+            if now >= due:  # once per step: a long pause of this process is one failure, not many
                 record.hung_start, record.hung_due = start, now + record.period
                 reason = f"no end after {timeout:g}s: it hangs, probably in name resolution"
                 self.count(record, now, False, reason)
@@ -1589,7 +1589,7 @@ class Daemon(Monitor):
         self.directory = os.getenv("RUNTIME_DIRECTORY", "").split(":")[0]  # of status.json
         self.verdict = UNDECIDED
         self.report = marker.report  # as it was shown last
-        self.last_why_not = self.why_not(now)
+        self.last_why_not = self.why_not(now)  # a dry run does not log it as a change
 
     def step(self, now):
         wake = super().step(now)
@@ -1612,7 +1612,7 @@ class Daemon(Monitor):
             log.log(WARNING if self.verdict == UNHEALTHY else INFO, line)
 
     def take_signal(self, number, now):
-        # No call starts during a stop, or while the file is read from a disk that may hang.
+        # No call starts during a stop, or while a reload reads a disk that may hang.
         self.marker.findings = self.marker.findings._replace(verdict=UNDECIDED)
         if number == signal.SIGHUP:
             self.reload(now)
@@ -1759,7 +1759,7 @@ EnvironmentFile=-/etc/sysconfig/healthchecker
 ExecStartPre=/usr/bin/python3 -I -c "import py_compile, sys; sys.exit(not py_compile.compile( \\
   '/usr/local/bin/ec2_local_healthchecker.py', '/run/healthchecker/ec2_local_healthchecker.pyc'))"
 ExecStart=/usr/bin/python3 -I /run/healthchecker/ec2_local_healthchecker.pyc $OPTIONS
-# A bad file fails the reload. $$@ gets $OPTIONS, so that the same file is tried.
+# A bad file fails the reload. sh gets $OPTIONS as its arguments, and $$@ passes them on.
 ExecReload=/bin/sh -c 'exec /usr/bin/python3 -I /usr/local/bin/ec2_local_healthchecker.py \\
   -testconfig "$$@" >/dev/null' sh $OPTIONS
 ExecReload=/bin/kill -HUP $MAINPID
@@ -2033,7 +2033,7 @@ def main(argv=None) -> int:
 
 def complain(systemd, level, line):
     """Write a line to stderr; if systemd has started us, in the format of the log."""
-    if systemd.started_us:
+    if systemd.is_service:
         line = FORMATTER.format(logging.makeLogRecord({"levelname": level, "msg": line}))
     say(line, file=sys.stderr)
 

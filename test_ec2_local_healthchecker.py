@@ -1607,7 +1607,7 @@ def in_pieces(size, frame):
 @pytest.mark.parametrize("size", [0, 2, 600, 200_000])
 def test_a_service_that_writes_in_pieces_sees_no_error(serve, trusted, size, frame, scheme):
     tls = certified(IP) if scheme == "https" else None
-    server, context = serve(talk=in_pieces(size, frame), tls=tls), hc.Tls()
+    server, context = serve(talk=in_pieces(size, frame), tls=tls), hc.Tls(True)
     for _ in range(10):
         hc.probe_http(http_check(server, scheme=scheme), context)
     server.stop()
@@ -1616,7 +1616,7 @@ def test_a_service_that_writes_in_pieces_sees_no_error(serve, trusted, size, fra
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_nginx_sees_no_error(nginx, trusted, scheme):
-    tls, port = hc.Tls(), nginx.port if scheme == "http" else nginx.secure
+    tls, port = hc.Tls(True), nginx.port if scheme == "http" else nginx.secure
     for _ in range(100):
         hc.probe_http(http_check(port, path="/page", scheme=scheme), tls)
     time.sleep(0.2)  # for nginx to see the last client go
@@ -1731,7 +1731,7 @@ def test_the_handshake_offers_http_1_1(serve, trusted):
 def test_authorities_are_read_again_after_a_refused_certificate(serve, tmp_path, monkeypatch):
     late = tmp_path / "late.pem"  # not there yet
     monkeypatch.setenv("SSL_CERT_FILE", str(late))
-    check, tls = http_check(serve(OK, tls=certified(IP)), scheme="https"), hc.Tls()
+    check, tls = http_check(serve(OK, tls=certified(IP)), scheme="https"), hc.Tls(True)
     with pytest.raises(hc.ProbeFailure, match="certificate"):
         hc.probe_http(check, tls)
     AUTHORITY.cert_pem.write_to_path(str(late))
@@ -2038,6 +2038,14 @@ STATIC_KEYS = {"AWS_ACCESS_KEY_ID": "A", "AWS_SECRET_ACCESS_KEY": "S"}
 HERE_BY_VARIABLES = {"INSTANCE_ID": "i-0123456789abcdef0", "AWS_REGION": "us-east-1"}
 
 
+def test_the_name_of_the_endpoint_is_resolved_before_the_last_look(monkeypatch):
+    names = []
+    monkeypatch.setattr(os, "environ", {**os.environ, **STATIC_KEYS, TO: "http://aws.example"})
+    monkeypatch.setattr(socket, "getaddrinfo", lambda name, _: names.append(name))
+    hc.autoscaling(READ)
+    assert names == ["aws.example"]
+
+
 @pytest.mark.parametrize("fault, env, said", [
     (lambda cloud: cloud.metadata.items.pop(Metadata.ROLE), {},
      "unable to locate credentials; .* -- attach a profile that allows"),
@@ -2171,15 +2179,10 @@ def resetting(request):
     return True
 
 
-def hanging(request):
-    request.connection.recv(1)  # returns when the other side has given up
-    return True
-
-
 AWS_FAULTS = {
     "page": (lambda request: request.answer(XHTML), "no AWS request id .* -- something else answ"),
     "reset": (resetting, "Connection.* -- check routes"),
-    "hang": (hanging, "[Tt]imeout.* -- check routes"),
+    "hang": (lambda request: [request.connection.recv(1)], "[Tt]imeout.* -- check routes"),
     "denied": (DENIED_BY, "explicit deny .* -- remove the deny"),
 }  # fmt: skip
 
@@ -2715,13 +2718,10 @@ def test_a_reload_of_a_bad_file_or_of_none_changes_nothing_and_is_told(rig, logg
 
 
 def test_a_reload_for_which_no_thread_can_be_made_ends_the_daemon(rig, logged, tmp_path):
-    def no_thread(*arguments):
-        raise RuntimeError("can't start new thread")
-
     rig = rig()
-    rig.patch.setattr(hc, "CheckLoop", no_thread)
+    rig.patch.setattr(hc, "CheckLoop", None)
     reloaded(rig, SIMPLE.replace("threshold: 3", "threshold: 4"), tmp_path)
-    assert rig.main.status == 1 and "can't start new thread" in texts(logged, "ERROR")[0]
+    assert rig.main.status == 1 and "not callable" in texts(logged, "ERROR")[0]
 
 
 @pytest.mark.parametrize("ill", ["loop", "marker", "writer", "silence"])
