@@ -24,8 +24,8 @@ What happens when something fails, and where to read it:
     memory runs out, a step raises   the call or the step is tried again (try_to_mark, Stepper)
     a thread ends, or main hangs     the watchdog restarts the daemon, with a grace period (is_well)
     the resolver hangs in a probe    the probe counts as failed, again each period (count_hung)
-    it hangs before a call           no call is made; log and status say so (why_not)
-    things change before a call      it asks again just before, and makes none (try_to_mark)
+    the marker hangs                 it makes no call; log and status say so (why_not)
+    things change before a call      the marker asks again just before, and makes none (try_to_mark)
     metadata cannot be read          old values count; without id or region, no call (read_metadata)
     the disk of the log hangs        the writer waits, and nobody waits for the writer (Writer)
 
@@ -60,7 +60,7 @@ from typing import NamedTuple
 
 sys.modules.setdefault("ssl", None)  # hide it from http.client: 4 MB that only https and AWS need
 import http.client  # noqa: E402
-import json  # noqa: E402  (before http.client, it would cost 0.2 MB more)
+import json  # noqa: E402  (measured: before http.client, it takes 0.2 MB more)
 from urllib.parse import urljoin, urlsplit  # noqa: E402
 
 if sys.modules["ssl"] is None:
@@ -119,7 +119,8 @@ def verdict_of(states) -> str:
 
 
 def decide(
-    verdict: str,  # the last one; undecided once the checks no longer give it, in a reload, a stop
+    # The last verdict; undecided if the checks now give another, and during a reload or a stop.
+    verdict: str,
     recovery: bool,  # whether the configuration lets us take back a mark of our own
     may_stand: bool,  # whether a mark of our own may be in effect: sent, and not taken back
     problem: str,  # why no call can name this instance; empty: there is no such problem
@@ -153,7 +154,7 @@ class Absence(NamedTuple):
         """The absence after one more reading; `grace_end` is one whole grace period from now."""
         if verdict == HEALTHY:
             return Absence()  # there is nothing to mark: forget it, and its grace period
-        if lifecycle not in IN_SERVICE:  # an absence begins only with an unhealthy verdict
+        if lifecycle not in IN_SERVICE:  # begin an absence, without a grace period, if unhealthy
             return Absence(True) if verdict == UNHEALTHY else self
         # In service: one that is just back starts its grace period, any other keeps what it has.
         return Absence(False, grace_end) if self.is_out_of_service else self
@@ -176,7 +177,7 @@ def grace_left(graceperiod, age) -> float:
 
 
 def next_due(due, period, now) -> float:
-    """The next time at a fixed rate after `due`, or the last one that `now` has passed."""
+    """The next time at a fixed rate, or the last one that has passed: of 10, 2 and 15, it is 14."""
     return due + period * max(1, math.floor((now - due) / period))
 
 
@@ -275,7 +276,7 @@ def parse_yaml(text: str) -> tuple[dict, dict]:
     # A subset of YAML 1.1: block mappings, and scalars that end on their line.
     lines, root = {}, {}
     levels = [(-1, root, ())]  # the open mappings, outermost first: (indentation, mapping, path)
-    waiting = (root, "", ())  # what deeper lines may belong to; the document will be root[""]
+    waiting = (root, "", ())  # the key that a deeper line belongs to, if any; at first, root[""]
     for number, line in _content(text):
         indent = len(line) - len(line.lstrip(" "))
         while indent < levels[-1][0]:
@@ -521,7 +522,7 @@ def read_key(path, data, values):
         read_header(values, name.title(), data[name])
     else:
         read_value(name, data[name], CHECK_KEYS if outer else TOP_KEYS, values)
-        if outer:
+        if outer:  # the type may come later, be wrong, or be missing
             require_fit(name, values, TYPES.get(str(data.get("type")).lower()) == "tcp")
 
 
@@ -543,7 +544,7 @@ def read_value(name, value, keys, values):
 def require_check(name, checks):
     """ConfigError unless what is below this name can be a check."""
     keys = checks[name]
-    # Keys that stand below `web:` without being indented: they look like checks of their own.
+    # Keys beside "web:" instead of below it look like checks: "  web:\n  endpoint: localhost:80".
     strays = [key for key in checks if key in CHECK_KEYS and isinstance(checks[key], str)]
     if name in strays:
         raise ConfigError("a key of a check: indent it below the name of its check")
@@ -613,7 +614,8 @@ MAX_REDIRECTS, REDIRECTS = 10, (301, 302, 303, 307, 308)
 LARGEST_HEAD, LARGEST_BODY, PIECE = 2**20, 2**20, 2**13  # bytes
 INTERIM = re.compile(rb"HTTP/\S+ +1(?!01)[0-9][0-9]\b")  # the responses to skip: RFC 9110, 15.2
 NEEDED = (b"location:", b"content-length:", b"transfer-encoding:")  # the fields that are read
-# Shortages of this machine: no evidence. (EADDRNOTAVAIL, no local port, is: all clients meet it.)
+# What this machine lacks is no evidence against the service. (A lack of local ports counts as a
+# failure, EADDRNOTAVAIL: every client on this machine meets it.)
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, socket.EAI_MEMORY)
 
 
@@ -625,7 +627,7 @@ class ProbeFailure(Exception):
 
 
 def can_open_descriptors():
-    """Whether four are free, enough for a probe: the resolver and TLS do not report a shortage."""
+    """Whether four are free, enough for a probe. The resolver and TLS do not say that some lack."""
     with suppress(Exception), socket.socket(), socket.socket(), socket.socket(), socket.socket():
         return True
     return False
@@ -664,7 +666,7 @@ def connect(host, port, deadline):
             sock.connect(address)
             return sock
         except (ConnectionResetError, BrokenPipeError):
-            return sock  # it was accepted, then reset: whoever reads from it will see that
+            return sock  # accepted, then reset: a tcp check passes, and http fails when it reads
         except OSError as error:
             if sock:
                 sock.close()
@@ -676,7 +678,7 @@ def connect(host, port, deadline):
 
 
 class Tls:
-    """The TLS context of one check: made when needed, and again after a certificate was refused."""
+    """The TLS context of one check: made when needed, and again once `exchange` has dropped it."""
 
     def __init__(self, verify):
         self.verify, self.context = verify, None
@@ -737,7 +739,7 @@ def probe_http(check, tls):
 
 def follow(endpoint, location, own_host):
     """Where a Location leads: (URL, Endpoint), or (URL, None) if that is not on this machine."""
-    # Names are compared as written; a Host header is not a name of this machine.
+    # Names are compared as written. A Host header does not name this machine: it may name a site.
     # http.client reads headers as Latin-1: what is not ASCII there is a byte, to be encoded.
     location = re.sub("[^!-~]", lambda char: f"%{ord(char[0]):02X}", location)
     with suppress(ConfigError, ValueError):
@@ -774,12 +776,12 @@ def exchange(method, endpoint, headers, deadline, tls):
             if context:
                 sock.settimeout(reader.deadline.left("closing"))
                 sock.unwrap()  # or the service sees a connection that ends within TLS
-        return response, b"" if response.length else body  # length: of what is missing
+        return response, b"" if response.length else body  # length: of what did not arrive
     except socket.timeout:
         raise ProbeFailure(deadline.missed) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         if hasattr(error, "verify_code"):
-            tls.context = None
+            tls.context = None  # read the authorities again: they may have been replaced
         raise ProbeFailure(describe(error)) from error
     finally:
         sock.close()
@@ -808,12 +810,12 @@ def read_head(sock, stream, method):
         if not line.endswith(b"\n"):
             what = "ended early" if left else "is larger than 1 MiB"
             raise http.client.HTTPException(f"the head of the response {what}")
-        if not head or line.lower().startswith(NEEDED):
+        if not head or line.lower().startswith(NEEDED):  # the first is the status line
             head.append(line)
         elif line in (b"\r\n", b"\n"):
             if not INTERIM.match(head[0]):
                 break
-            head = []
+            head = []  # skip an interim response
     response = http.client.HTTPResponse(sock, method=method)
     response.fp = io.BytesIO(b"".join([*head, b"\r\n"]))  # begin() reads the head from here
     response.begin()
@@ -865,7 +867,7 @@ class Instance(NamedTuple):
     lifecycle: str | None = None  # the target lifecycle state; None: there is none, or never read
     id: str | None = None
     region: str | None = None
-    unread: str = ""  # why an item could not be read this time, and keeps its value
+    unread: str = ""  # why an item could not be read this time (it keeps its value)
     problem: str = ""  # why no call can name this instance
 
 
@@ -927,7 +929,7 @@ def prepare_environment():
 
 def autoscaling(instance, is_broken=False):
     """A new client of the Auto Scaling API; ImportError if none can be made, or LookupError."""
-    if is_broken:  # the last import failed, perhaps without memory: drop what it left
+    if is_broken:  # the last import failed, perhaps without memory: drop what was imported since
         for name in set(sys.modules) - MODULES_BEFORE_BOTO3:
             sys.modules.pop(name, None)
     importlib.invalidate_caches()
@@ -1017,7 +1019,7 @@ def rehearse():
     """Returns (instance, reason): why a mark of it would not succeed now, or "" if it would."""
     # It makes the call of a mark with a HealthStatus that does not exist. AWS refuses that with
     # ValidationError, or as it would refuse the mark. It does not try the group's own grace period,
-    # which only a mark can meet, nor what holds a call back in `decide`.
+    # what holds a call back in `decide`, or what AWS may check after the HealthStatus.
     with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # when memory runs out, the kernel ends a rehearsal first
     instance = read_metadata(Instance())
@@ -1084,7 +1086,7 @@ class Stepper:
     status = None  # the exit status, when it is time to end
     began = math.inf  # when the step under way began
     is_faulty = False  # whether the last step ended in a fault
-    clock, wait = monotonic, time.sleep  # builtins take no `self`; a subclass may have its own
+    clock, wait = monotonic, time.sleep  # builtins are not bound; a subclass may have its own
 
     def run(self):
         """Step until it is time to end; returns the exit status."""
@@ -1141,8 +1143,7 @@ class Marker(Stepper, threading.Thread):
         self.is_dry_run = not rehearsal.command
         self.absence = Absence()
         self.due = 0.0  # when the wanted call is tried next
-        # Why AWS denied a call, until one succeeds: AWS may check a rehearsal's HealthStatus first.
-        self.denial = ""
+        self.denial = ""  # why AWS denied a call, until one succeeds: a rehearsal may not see it
         self.is_import_broken = False  # whether the last call ended in an ImportError
 
     def step(self, now):
@@ -1181,7 +1182,7 @@ class Marker(Stepper, threading.Thread):
         findings = self.findings
         call, hold = self.decision(findings, self.clock())
         if call != wanted:
-            self.publish(wanted=None, hold="")  # so the next step starts over, without a wait
+            self.publish(wanted=None, hold="")  # so the next step sees a change, and does not wait
             return None
         if hold and hold != self.report.hold:
             log.warning(f"Not marking as {wanted}: {hold}")
@@ -1219,7 +1220,7 @@ class Marker(Stepper, threading.Thread):
                 set_health(client, instance.id, wanted)
         except Exception as error:
             if response_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 500:
-                self.note_mark(before)  # AWS has refused the call (no answer of AWS counts as 500)
+                self.note_mark(before)  # AWS has refused the call (if it was AWS; else, 500)
             raise
         if wanted == CALL_HEALTHY:
             self.note_mark("")
@@ -1463,8 +1464,8 @@ class Record:
         self.heard_at = due  # when a result was last counted; at first, when its loop starts
         self.has_remark = False  # whether a remark of its probes was logged
         self.is_faulty = False  # whether the last probe was spoiled by a fault of this program
-        self.hung_start = 0.0  # when the probe started that was last counted because it hung
-        self.hung_due = 0.0  # when that probe counts once more, if it still hangs
+        self.hung_start = 0.0  # the start of the last probe that was counted because it hung
+        self.hung_due = 0.0  # when it counts once more, if it still hangs
         self.loop.start()
 
     def __str__(self):
@@ -1483,7 +1484,7 @@ class Monitor(Stepper):
 
     def __init__(self, config, now, grace_end, due, signals):
         self.inbox, self.grace_end = deque(), grace_end
-        self.signals = signals  # a socket: the number of each signal comes out of it
+        self.signals = signals  # a socket: the number of each signal comes out; sorted, a stop last
         self.next_act = now + config.frequency
         self.show_at = now  # when to show how everything stands, at the latest
         self.records = {}
@@ -1521,13 +1522,13 @@ class Monitor(Stepper):
     def wait(self, seconds):
         with suppress(Exception):  # no signal came in this time, or there is no memory
             self.signals.settimeout(seconds)
-            self.inbox.extend(map(signal.Signals, set(self.signals.recv(4096))))
+            self.inbox.extend(map(signal.Signals, sorted(self.signals.recv(4096))))
 
     def receive(self, result, now):
         loop, start, passed, text = result
         record = self.records.get(loop.check.name)
         if loop.finished.is_set() or start == record.hung_start:
-            return  # a reload removed the check (and its record), or the probe hung and was counted
+            return  # a reload removed the check (there may be no record), or it hung, and counted
         if passed is not None:
             self.count(record, now, passed, text)
         elif not record.is_faulty:
@@ -1583,13 +1584,13 @@ class Daemon(Monitor):
     """Takes the verdict, reports it to the marker, and shows how everything stands."""
 
     def __init__(self, config, path, now, grace_end, signals, marker, writer, systemd):
-        super().__init__(config, now, grace_end, grace_end, signals)
+        super().__init__(config, now, grace_end, grace_end, signals)  # probes begin at grace_end
         self.marker, self.writer, self.systemd = marker, writer, systemd
         self.path = path  # of the configuration
         self.directory = os.getenv("RUNTIME_DIRECTORY", "").split(":")[0]  # of status.json
         self.verdict = UNDECIDED
         self.report = marker.report  # as it was shown last
-        self.last_why_not = self.why_not(now)  # a dry run does not log it as a change
+        self.last_why_not = self.why_not(now)  # so that a dry run does not log it
 
     def step(self, now):
         wake = super().step(now)
@@ -1637,15 +1638,14 @@ class Daemon(Monitor):
             reason = str(error) if isinstance(error, ConfigError) else describe(error)
             log.error(f"Configuration not reloaded, the old one stays: {reason}")
             return
-        self.status = 1  # it stays if `use` cannot start a thread: then systemd starts us again
+        self.status = 1  # ends the daemon if `use` cannot start a thread; systemd starts it again
         self.use(config, max(now, self.grace_end))
         self.status, self.next_act = None, now
         log.info("Configuration reloaded; the grace period does not start again")
 
     def is_well(self, now):
         """Whether all threads live and all checks have results: then systemd's watchdog is fed."""
-        # After a minute without it, systemd restarts the daemon. A marker that hangs would hang
-        # again after that: `why_not` reports it instead.
+        # Unfed, it restarts the daemon. A marker that hangs would hang again: `why_not` reports it.
         for record in self.records.values():
             limit = record.heard_at + record.period + LONGEST_SILENCE
             if now > limit or not record.loop.is_alive():
@@ -1707,7 +1707,7 @@ class Gate(Monitor):
     """-foreground: ends with 0 if the instance is healthy and with 1 if not; never calls AWS."""
 
     def __init__(self, config, now, grace_end, signals, is_early):
-        super().__init__(config, now, grace_end, now, signals)
+        super().__init__(config, now, grace_end, now, signals)  # probes begin now
         self.is_early = is_early  # end as soon as every check is healthy
         self.end = grace_end
         for record in self.records.values():  # by then, each can have `threshold` results
@@ -1983,7 +1983,7 @@ OPTIONS.update(healthcheckfile=DEFAULT_FILE, launchtime="-1", command="")
 def parse_command_line(arguments):
     """The value of every option; UsageError for the first mistake."""
     options, rest = dict(OPTIONS), list(arguments)
-    while rest and rest != ["--"]:  # -- ends the options
+    while rest and rest != ["--"]:  # a last -- ends the options
         argument = rest.pop(0)
         name, value = OPTION.fullmatch(argument).groups()
         if name not in OPTIONS:
@@ -2017,7 +2017,7 @@ def check_options(options):
 
 def main(argv=None) -> int:
     """Run the program with these arguments, or the process's own; returns the exit status."""
-    if None in (sys.stdin, sys.stdout, sys.stderr):  # or a socket becomes descriptor 0, 1 or 2
+    if None in (sys.stdin, sys.stdout, sys.stderr):  # else a socket becomes descriptor 0, 1 or 2
         while os.open(os.devnull, os.O_RDWR) < 2:
             pass
     systemd = Systemd()
