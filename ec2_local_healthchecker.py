@@ -24,7 +24,7 @@ What happens when something fails, and where to read it:
     memory runs out, a step raises   the call or the step is tried again (try_to_mark, Stepper)
     a thread ends, or main hangs     the watchdog restarts the daemon, with a grace period (is_well)
     the resolver hangs in a probe    the probe counts as failed, again each period (count_hung)
-    the marker hangs                 it makes no call; log and status say so (why_not)
+    the marker hangs                 it makes no call, or a late one; the status says so (why_not)
     things change before a call      the marker asks again just before, and makes none (try_to_mark)
     metadata cannot be read          old values count; without id or region, no call (read_metadata)
     the disk of the log hangs        the writer waits, and nobody waits for the writer (Writer)
@@ -92,7 +92,7 @@ if __name__ == "__main__":
 UNKNOWN, HEALTHY, FAILING = "unknown", "healthy", "failing"  # the states of a check
 UNDECIDED, UNHEALTHY = "undecided", "unhealthy"  # the verdicts; HEALTHY is the third
 CALL_UNHEALTHY, CALL_HEALTHY = "Unhealthy", "Healthy"  # the calls, by their HealthStatus
-IN_SERVICE = ("InService", None)  # lifecycle states that permit a mark; None: see `decide`
+IN_SERVICE = ("InService", None)  # lifecycle states that permit a mark; None: it is not known
 
 
 class Health(NamedTuple):
@@ -124,7 +124,7 @@ def decide(
     recovery: bool,  # whether the configuration lets us take back a mark of our own
     may_stand: bool,  # whether a mark of our own may be in effect: sent, and not taken back
     problem: str,  # why no call can name this instance; empty: there is no such problem
-    lifecycle: str | None,  # its target state, as last read; None: it has none, or was never read
+    lifecycle: str | None,  # its target state, as last read; None: never read, or there is none
     grace_end: float,  # when the grace period after its return to service ends; 0: there is none
     now: float,
 ) -> tuple[str | None, str]:
@@ -349,7 +349,7 @@ def _unescaped(escape):
 
 # ---- Configuration -------------------------------------------------------------------------------
 # Every key with its reader and its default, and all validation: a configuration that loads will
-# run. Nothing is connected to here; of other files, only /etc/services is read.
+# run. Nothing is connected to here, and no other file is read, except for a port given by name.
 
 DEFAULT_FILE = "/etc/sysconfig/ec2-local-healthchecker.yml"
 DEFAULT_PORTS = {"http": 80, "https": 443, "tcp": 0}  # 0: there is none
@@ -572,7 +572,7 @@ def read_header(headers, name, value):
     if not isinstance(value, str) or not re.fullmatch("[ -~]+", value):
         raise ConfigError("the value is not one line of printable ASCII: write one")
     if name == "Host" and (value[0] == ":" or not AUTHORITY.fullmatch(value)):
-        raise ConfigError(f"{quoted(value)} is not a host: write one like www.example.com")
+        raise ConfigError("the value is not a host: write one like www.example.com")
     if name in headers:
         raise ConfigError("this header is here twice: keep one")
     headers[name] = value
@@ -606,9 +606,9 @@ def load_config(path: str) -> Config:
 
 # ---- Probes --------------------------------------------------------------------------------------
 # One attempt each: return, or raise ProbeFailure for what the service did, and anything else for
-# what went wrong on this side. A hostile service can pass or fail its own check, and have a probe
-# send GETs to any port of this machine (or of the host that is checked) until the timeout. A probe
-# keeps at most 1 MiB. A service cannot forge a log line, nor send a probe or a header elsewhere.
+# what went wrong on this side. A hostile service can pass or fail its own check, have a probe send
+# GETs to any port of this machine (or of the host that is checked), and cost CPU and some MiB until
+# the timeout. It cannot forge a log line, and cannot send a probe, or a header, elsewhere.
 
 MAX_REDIRECTS, REDIRECTS = 10, (301, 302, 303, 307, 308)
 LARGEST_HEAD, LARGEST_BODY, PIECE = 2**20, 2**20, 2**13  # bytes
@@ -862,7 +862,7 @@ METADATA_ITEMS = {  # the path of each, and the variable, if any, that stands in
 
 
 class Instance(NamedTuple):
-    """What is known of this instance: each item as last read successfully."""
+    """What is known of this instance: each item as last read, or as its variable says."""
 
     lifecycle: str | None = None  # the target lifecycle state; None: there is none, or never read
     id: str | None = None
@@ -928,7 +928,7 @@ def prepare_environment():
 
 
 def autoscaling(instance, is_broken=False):
-    """A new client of the Auto Scaling API; ImportError if none can be made, or LookupError."""
+    """A new client of the Auto Scaling API, with credentials; ImportError if none can be made."""
     if is_broken:  # the last import failed, perhaps without memory: drop what was imported since
         for name in set(sys.modules) - MODULES_BEFORE_BOTO3:
             sys.modules.pop(name, None)
@@ -950,9 +950,7 @@ def autoscaling(instance, is_broken=False):
     if not credentials:
         why = instance.unread or "it has none"
         raise LookupError(f"unable to locate credentials; instance metadata: {why}")
-    credentials.get_frozen_credentials()  # what takes long is done now, not within the call
-    with suppress(OSError):  # behind a proxy, the name may be unknown
-        socket.getaddrinfo(urlsplit(client.meta.endpoint_url).hostname, None)
+    credentials.get_frozen_credentials()  # fetch them now, not within the call
     return client
 
 
@@ -963,6 +961,7 @@ def response_of(error):
 
 def set_health(client, instance_id, status):
     """Call SetInstanceHealth once. Unless AWS accepts it, raises as boto3 does, or LookupError."""
+    # A name resolves without a timeout, so a call may go out late. AWS refuses it after 5 minutes.
     try:
         response = client.set_instance_health(InstanceId=instance_id, HealthStatus=status)
         refusal = None
@@ -983,8 +982,8 @@ def code_of(error):
 
 
 def explain(error):
-    """One line: what went wrong in a call, in AWS's own words, and what to do about it."""
-    code, text = code_of(error), printable(str(error), 2000)
+    """One line: what went wrong in a call, in its own words (no password), and what to do."""
+    code, text = code_of(error), printable(re.sub(r"//\S+@", "//***@", str(error)), 2000)
     advice = [ADVICE[pattern] for pattern in ADVICE if re.match(pattern, f"{code}: {text}")]
     return " -- ".join([text if code in text else f"{code}: {text}", *advice[:1]])
 
@@ -996,7 +995,7 @@ DENIED = "AccessDenied|Unauthorized"
 ADVICE = {  # what to do about an error: the first pattern that matches "CODE: TEXT" decides
     "ImportError: MemoryError": "the instance is out of memory",
     "ImportError.*nvalid endpoint": "correct AWS_ENDPOINT_URL_AUTO_SCALING or AWS_ENDPOINT_URL",
-    "ImportError: (Invalid|Profile|Config|Value|Part|Cred)": "correct AWS_PROFILE or what it names",
+    "ImportError: (Inv|Prof|Conf|Val|Part|Cred|Infin)": "correct the AWS_ variable or the profile",
     "ImportError": f"boto3 is missing or broken: {INSTALL_BOTO3}",
     ".*grace period": "a group refuses marks within its health check grace period",
     ".*[Nn]o managed instance": "attach the instance to a group, or stop this service",
@@ -1112,7 +1111,7 @@ class Stepper:
 
 
 class Findings(NamedTuple):
-    """What main tells the marker: a new value each time."""
+    """What main tells the marker, a new value each time. It counts until main tells another."""
 
     config: Config
     verdict: str = UNDECIDED  # as `decide` takes it
@@ -1214,7 +1213,7 @@ class Marker(Stepper, threading.Thread):
         """Make the call, or none in a dry run; raises as set_health does."""
         before, instance = self.report.marked, self.report.instance
         if wanted == CALL_UNHEALTHY:
-            self.note_mark(f"{instance.id} {instance.region}")  # before: the answer may be lost
+            self.note_mark(f"{instance.id} {instance.region}")  # first: the answer may be lost
         try:
             if client:
                 set_health(client, instance.id, wanted)
@@ -1227,7 +1226,7 @@ class Marker(Stepper, threading.Thread):
 
     def note_mark(self, marked):
         self.publish(marked=marked)
-        self.writer.remember(marked)
+        self.writer.remember(marked)  # in a dry run, it has no file
 
     def note_result(self, wanted, findings, error):
         """Log and publish how a call ended; returns the seconds until the next one."""
@@ -1253,7 +1252,7 @@ class Marker(Stepper, threading.Thread):
         """Start a rehearsal if it is due (never in a dry run), and publish how one went."""
         rehearsal = self.rehearsal
         if rehearsal.command and not rehearsal.child and now >= rehearsal.due:
-            self.read_metadata()
+            self.read_metadata()  # for main, which shows it, and to forget another's mark
             rehearsal.start(now)
         why_not = rehearsal.poll(now)
         if why_not is not None:
@@ -1484,7 +1483,7 @@ class Monitor(Stepper):
 
     def __init__(self, config, now, grace_end, due, signals):
         self.inbox, self.grace_end = deque(), grace_end
-        self.signals = signals  # a socket: the number of each signal comes out; sorted, a stop last
+        self.signals = signals  # a socket: the number of each signal comes out of it
         self.next_act = now + config.frequency
         self.show_at = now  # when to show how everything stands, at the latest
         self.records = {}
@@ -1522,7 +1521,8 @@ class Monitor(Stepper):
     def wait(self, seconds):
         with suppress(Exception):  # no signal came in this time, or there is no memory
             self.signals.settimeout(seconds)
-            self.inbox.extend(map(signal.Signals, sorted(self.signals.recv(4096))))
+            numbers = sorted(set(self.signals.recv(4096)))  # SIGHUP first: no reload after a stop
+            self.inbox.extend(map(signal.Signals, numbers))
 
     def receive(self, result, now):
         loop, start, passed, text = result
@@ -1584,7 +1584,7 @@ class Daemon(Monitor):
     """Takes the verdict, reports it to the marker, and shows how everything stands."""
 
     def __init__(self, config, path, now, grace_end, signals, marker, writer, systemd):
-        super().__init__(config, now, grace_end, grace_end, signals)  # probes begin at grace_end
+        super().__init__(config, now, grace_end, due=grace_end, signals=signals)
         self.marker, self.writer, self.systemd = marker, writer, systemd
         self.path = path  # of the configuration
         self.directory = os.getenv("RUNTIME_DIRECTORY", "").split(":")[0]  # of status.json
@@ -1707,7 +1707,7 @@ class Gate(Monitor):
     """-foreground: ends with 0 if the instance is healthy and with 1 if not; never calls AWS."""
 
     def __init__(self, config, now, grace_end, signals, is_early):
-        super().__init__(config, now, grace_end, now, signals)  # probes begin now
+        super().__init__(config, now, grace_end, due=now, signals=signals)
         self.is_early = is_early  # end as soon as every check is healthy
         self.end = grace_end
         for record in self.records.values():  # by then, each can have `threshold` results
