@@ -22,6 +22,7 @@ The file reads from top to bottom: each section uses only the sections above it.
 What happens when something fails, and where to read it:
 
     memory runs out, a step raises   the call or the step is tried again (try_to_mark, Stepper)
+    descriptors run out              probes do not count, until a restart (attempt, is_well)
     a thread ends, or main hangs     the watchdog restarts the daemon, with a grace period (is_well)
     the resolver hangs in a probe    the probe counts as failed, again each period (count_hung)
     the marker hangs                 it makes no call, or a late one; the status says so (why_not)
@@ -119,7 +120,7 @@ def verdict_of(states) -> str:
 
 
 def decide(
-    # The last verdict; undecided if the checks now give another, and during a reload or a stop.
+    # As main reports it: the last one; undecided if the checks now disagree, in a reload or a stop.
     verdict: str,
     recovery: bool,  # whether the configuration lets us take back a mark of our own
     may_stand: bool,  # whether a mark of our own may be in effect: sent, and not taken back
@@ -614,13 +615,12 @@ MAX_REDIRECTS, REDIRECTS = 10, (301, 302, 303, 307, 308)
 LARGEST_HEAD, LARGEST_BODY, PIECE = 2**20, 2**20, 2**13  # bytes
 INTERIM = re.compile(rb"HTTP/\S+ +1(?!01)[0-9][0-9]\b")  # the responses to skip: RFC 9110, 15.2
 NEEDED = (b"location:", b"content-length:", b"transfer-encoding:")  # the fields that are read
-# What this machine lacks is no evidence against the service. (A lack of local ports counts as a
-# failure, EADDRNOTAVAIL: every client on this machine meets it.)
+# What this machine lacks is no evidence. (EADDRNOTAVAIL, no local port, is: all clients meet it.)
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, socket.EAI_MEMORY)
 
 
 class ProbeFailure(Exception):
-    """The service failed the probe; a printable line says how. Its __cause__ may be a shortage."""
+    """The service failed: a printable line says how. A shortage as __cause__ makes it not count."""
 
     def __init__(self, reason):  # which may echo the query, and so a secret
         super().__init__(printable(re.sub(r"\?(?!\*\*\*)\S+", "?***", reason)))
@@ -758,7 +758,7 @@ def exchange(method, endpoint, headers, deadline, tls):
     # read, for at most half the time left, so that the service sees no reset; a failure is ignored.
     context = tls.prepare() if endpoint.scheme == "https" else None
     sock = connect(endpoint.host, endpoint.port, deadline)
-    try:  # from here on, a failure is the service's
+    try:  # from here on, a failure is the service's, unless its cause is a shortage
         if context:
             sock.settimeout(deadline.left("in the TLS handshake"))
             # The name for the handshake and the certificate; neither has a final dot.
@@ -1083,7 +1083,7 @@ class Stepper:
     """Calls its step(now) again and again; a fault of this program does not end it."""
 
     status = None  # the exit status, when it is time to end
-    began = math.inf  # when the step under way began
+    began = math.inf  # when the step under way began, for `why_not`
     is_faulty = False  # whether the last step ended in a fault
     clock, wait = monotonic, time.sleep  # builtins are not bound; a subclass may have its own
 
@@ -1114,7 +1114,7 @@ class Findings(NamedTuple):
     """What main tells the marker, a new value each time. It counts until main tells another."""
 
     config: Config
-    verdict: str = UNDECIDED  # as `decide` takes it
+    verdict: str = UNDECIDED  # the last one, or undecided: see Daemon.step
     evidence: str = ""
 
 
@@ -1219,7 +1219,7 @@ class Marker(Stepper, threading.Thread):
                 set_health(client, instance.id, wanted)
         except Exception as error:
             if response_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 500) < 500:
-                self.note_mark(before)  # AWS has refused the call (if it was AWS; else, 500)
+                self.note_mark(before)  # AWS has refused it (what a proxy answers counts as 500)
             raise
         if wanted == CALL_HEALTHY:
             self.note_mark("")
@@ -1528,7 +1528,7 @@ class Monitor(Stepper):
         loop, start, passed, text = result
         record = self.records.get(loop.check.name)
         if loop.finished.is_set() or start == record.hung_start:
-            return  # a reload removed the check (there may be no record), or it hung, and counted
+            return  # a reload removed the check (and its record), or count_hung counted the probe
         if passed is not None:
             self.count(record, now, passed, text)
         elif not record.is_faulty:
@@ -1638,14 +1638,14 @@ class Daemon(Monitor):
             reason = str(error) if isinstance(error, ConfigError) else describe(error)
             log.error(f"Configuration not reloaded, the old one stays: {reason}")
             return
-        self.status = 1  # ends the daemon if `use` cannot start a thread; systemd starts it again
+        self.status = 1  # if `use` raises (no thread), this ends `run`; systemd starts us again
         self.use(config, max(now, self.grace_end))
         self.status, self.next_act = None, now
         log.info("Configuration reloaded; the grace period does not start again")
 
     def is_well(self, now):
         """Whether all threads live and all checks have results: then systemd's watchdog is fed."""
-        # Unfed, it restarts the daemon. A marker that hangs would hang again: `why_not` reports it.
+        # Unfed for 60 s, it restarts the daemon. A hanging marker would hang again: see `why_not`.
         for record in self.records.values():
             limit = record.heard_at + record.period + LONGEST_SILENCE
             if now > limit or not record.loop.is_alive():
@@ -2084,7 +2084,7 @@ def run_service(options, config, systemd):
     else:
         prepare_environment()
         isolation = ["-I"] if sys.flags.isolated else []
-        # co_filename is the .py, even if the .pyc runs: an upgrade of Python may not read that.
+        # co_filename: the .py, though the unit runs a .pyc, which an upgraded Python may not read.
         command = [sys.executable, *isolation, main.__code__.co_filename, "-rehearse"]
         rehearsal = Rehearsal([] if is_dry_run else command)
         marker = Marker(config, rehearsal, writer, read_file(writer.mark_file))
