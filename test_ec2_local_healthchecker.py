@@ -282,8 +282,7 @@ def yaml_of(checks, **top):
 class Double(http.server.BaseHTTPRequestHandler):
     """What the doubles of AWS share: each request goes to the `owner`, which may have a `fault`.
 
-    A fault is called with each request first, and may answer it (then it returns true), delay it
-    or break it.
+    A fault gets each request first; it may answer it (then it returns true), delay it or break it.
     """
 
     owner = None
@@ -292,8 +291,7 @@ class Double(http.server.BaseHTTPRequestHandler):
     def serve(cls, owner):
         handler = type("Handler", (cls,), {"owner": owner})
         owner.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        owner.server.daemon_threads, owner.fault = True, None
-        owner.server.handle_error = print  # a client that left is worth no traceback
+        owner.server.handle_error, owner.fault = print, None  # a client that left: no traceback
         owner.url = f"http://127.0.0.1:{owner.server.server_port}"
         threading.Thread(target=owner.server.serve_forever, args=[0.05], daemon=True).start()
 
@@ -1083,7 +1081,8 @@ def mutated(draw, documents, inserts):
     return text
 
 
-@pytest.mark.parametrize("texts", [st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join),
+@pytest.mark.parametrize("texts", [
+    st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join),
     st.text(max_size=40), mutated(DOCUMENTS, st.sampled_from(FRAGMENTS)),
 ], ids=["fragments", "raw", "mutated"])  # fmt: skip
 @hypothesis.given(data=st.data())
@@ -2116,7 +2115,8 @@ def test_rehearsals_come_again_after_a_minute_then_up_to_five_then_daily():
     assert rehearsal.due - 1000.0 == 60  # it starts over
 
 
-@pytest.mark.parametrize("script, said", [("exit(3)", "a rehearsal ended with status 3"),
+@pytest.mark.parametrize("script, said", [
+    ("exit(3)", "a rehearsal ended with status 3"),
     ("1 / 0", "ZeroDivisionError: division by zero"),
     ("import os; os.kill(os.getpid(), 9)", "a rehearsal ended with status -9"),
     ("print('Ready'); exit(2)", "Ready"), ("import os; os.write(1, b'\\xff'); exit(1)", "\\ufffd"),
